@@ -1,0 +1,121 @@
+"""Every way in which the platform fails: one failure, one class, one message, one exit code, one HTTP status.
+
+Owns the exception tree. Foreign exceptions are translated to these at the adapter that met them, ``raise … from``.
+Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out.
+"""
+
+from __future__ import annotations
+
+
+class PlatformError(Exception):
+    """Base of all of them. The message says what failed, which thing it was and what to do next, on one line."""
+
+    exit_code = 1
+    http_status = 500
+
+
+class BadRequest(PlatformError):
+    exit_code = 2
+    http_status = 400
+
+
+class BadName(BadRequest):
+    """A name breaks the rule of minipaas.model.check_name."""
+
+
+class ManifestError(BadRequest):
+    """minipaas.toml is wrong; the message begins with ``file:line:`` and names the key."""
+
+
+class NotAuthorised(PlatformError):
+    exit_code = 4
+    http_status = 401
+
+
+class NotFound(PlatformError):
+    http_status = 404
+
+
+class Conflict(PlatformError):
+    """The thing is there already, or in a state that does not allow this."""
+
+    http_status = 409
+
+
+class NodeNotEmpty(Conflict):
+    """Recovery and setup refuse a data directory, or an engine, that already holds something."""
+
+    exit_code = 2
+
+
+class WrongRecoveryKey(PlatformError):
+    exit_code = 4
+    http_status = 403
+
+
+class FleetHeld(Conflict):
+    """Another node holds the bucket and is alive."""
+
+
+class Unavailable(PlatformError):
+    """The server cannot be reached, or a part of it is down."""
+
+    http_status = 503
+
+
+class TimedOut(PlatformError):
+    exit_code = 5
+    http_status = 504
+
+
+# -- engine ------------------------------------------------------------------------------------------------------------
+
+
+class EngineError(PlatformError):
+    """The container engine did not do what was asked."""
+
+
+class EngineMissing(EngineError):
+    """Neither Docker nor Podman was found; the message says how to install one."""
+
+    exit_code = 2
+    http_status = 503
+
+
+class EngineUnavailable(EngineError):
+    """The engine is there but does not answer."""
+
+    http_status = 503
+
+
+class ImageMissing(EngineError):
+    http_status = 404
+
+
+class ImageRefused(EngineError):
+    """An image tarball is truncated, for another architecture, or unsafe; the message says which."""
+
+    http_status = 400
+
+
+class BuildFailed(EngineError):
+    """The build exited with an error; ``log`` holds its last lines."""
+
+    http_status = 422
+
+    def __init__(self, message: str, log: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class ContainerMissing(EngineError):
+    http_status = 404
+
+
+# -- edge --------------------------------------------------------------------------------------------------------------
+
+
+class EdgeError(PlatformError):
+    """Caddy did not start, or refused a configuration."""
+
+    http_status = 503
