@@ -32,6 +32,12 @@ class NotAuthorised(PlatformError):
     http_status = 401
 
 
+class Forbidden(NotAuthorised):
+    """The token is valid, but does not give the right to do this."""
+
+    http_status = 403
+
+
 class NotFound(PlatformError):
     http_status = 404
 
@@ -66,6 +72,45 @@ class Unavailable(PlatformError):
 class TimedOut(PlatformError):
     exit_code = 5
     http_status = 504
+
+
+class TooMuch(PlatformError):
+    """A limit was reached: an upload is too large, or too many clients follow."""
+
+    http_status = 413
+
+
+# -- this node ---------------------------------------------------------------------------------------------------------
+
+
+class StateUnavailable(Unavailable):
+    """The state database cannot be read or written now: the disk is full or failing."""
+
+
+class StateTooNew(PlatformError):
+    """The state database was written by a newer release of minipaas."""
+
+    exit_code = 2
+
+
+class AlreadyRunning(Conflict):
+    """Another ``minipaas serve`` works on this data directory."""
+
+    exit_code = 2
+
+
+class SealBroken(PlatformError):
+    """A sealed secret cannot be opened with this node's key."""
+
+
+class VolumeGone(Unavailable):
+    """The directory of a volume that held data is not there; it is never made anew, since that would hide the loss."""
+
+
+class DeployFailed(PlatformError):
+    """The new release did not become healthy; the message says why, and the old one goes on serving."""
+
+    http_status = 422
 
 
 # -- engine ------------------------------------------------------------------------------------------------------------

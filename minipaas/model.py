@@ -93,13 +93,40 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
-    """One directory on one node, mounted into machines of one app. state: 'created' or 'restoring'."""
+    """One directory on one node, mounted into machines of one app.
+
+    state: 'creating' (its directory was never made), 'created', or 'restoring' (from the bucket, before anything uses it).
+    """
 
     id: str
     app: str
     name: str
     node: str
     created_ms: int
-    state: str = "created"
+    state: str = "creating"
     destroyed_ms: int | None = None
     purge_after_ms: int | None = None
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the journal. app: '' when it concerns the node."""
+
+    at_ms: int
+    app: str
+    text: str
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """A bearer token: only the SHA-256 of it is known. abilities: names of actions, or ('*',)."""
+
+    name: str
+    sha256: str
+    abilities: tuple[str, ...]
+    created_ms: int
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """id: 32 hex digits, the same in the bucket's fleet.json. recovery_recipient: the public half of the recovery key."""
+
+    id: str
+    recovery_recipient: str

@@ -96,6 +96,10 @@ class TargetExists(RestoreError):
     """There is a file at the target already."""
 
 
+class IntegrityCheckFailed(RestoreError):
+    """The database was replicated and restored page for page, but SQLite finds it damaged: it was so at its source."""
+
+
 # -- live databases ----------------------------------------------------------------------------------------------------
 
 

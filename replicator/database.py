@@ -1,0 +1,354 @@
+"""The only opener of live databases: read locks, the write barrier, checkpoints, and raw reads of the file and its WAL.
+
+Owns every descriptor and connection on a database that an application may be using. POSIX locks belong to the process and the inode:
+closing any descriptor of a database drops the locks that SQLite holds on it in the same process, so nothing else in this package opens
+such a file, and the descriptor here is closed only after the connections. Never writes to the database: a checkpoint moves what is in
+the WAL already, and the barrier is a transaction that is rolled back.
+
+How the WAL is held still (SQLite's wal.c: walTryBeginRead, walRestartLog, walCheckpoint):
+
+* A reader whose mark is 1-4 stops a writer from restarting the WAL. A reader on mark 0 (the WAL was wholly backfilled when it began) stops
+  every backfill, so that after at most one restart no further one can happen.
+* The lock goes hand over hand between two connections: the new read transaction begins before the old one ends. As the caller has
+  read the WAL to its end since the old one began, the new one gets mark 0 only if there is nothing in the WAL that the caller
+  has not read. So a restart is seen at a known position, always.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import apsw
+
+from replicator import failpoints, wal
+from replicator.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseMissing,
+    DatabaseNotReplicable,
+    NotADatabase,
+    WalHeaderDamaged,
+)
+
+SQLITE_MAGIC = b"SQLite format 3\x00"
+BUSY_TIMEOUT_MS = 1000
+BARRIER_TIMEOUT_MS = 250
+
+_open_inodes: dict[tuple[int, int], Path] = {}
+_open_inodes_guard = threading.Lock()
+
+
+class Journal(Enum):
+    WAL = "wal"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen."""
+
+    complete: bool
+    barrier_s: float
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Changes whenever a rollback-journal database was written: size, time of change, and SQLite's own change counter."""
+
+    size_bytes: int
+    mtime_ns: int
+    change_counter: bytes
+
+
+def identify(path: Path) -> FileIdentity:
+    """Raises DatabaseMissing."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatabaseMissing(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise DatabaseError(f"{path}: {error.strerror}; check the permissions") from error
+    return FileIdentity(status.st_dev, status.st_ino)
+
+
+class LiveDatabase:
+    """One database that an application may be writing. Used by one thread at a time; ``close`` when done."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens it. Raises DatabaseError and its subclasses; an empty file is NotADatabase."""
+        self.path = path
+        self.identity = identify(path)
+        self._register()
+        self._file = -1
+        self._wal_file = -1
+        self._connections: list[apsw.Connection] = []
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._check_magic()
+            with _translated(path):
+                self._connections = [self._connect(), self._connect()]
+                self._holder, self._spare = self._connections
+                mode = str(self._holder.execute("PRAGMA journal_mode").get)
+                self.page_size = int(self._holder.execute("PRAGMA page_size").get)
+            self.journal = Journal.WAL if mode == "wal" else Journal.ROLLBACK
+        except OSError as error:
+            self.close()
+            raise DatabaseError(f"{path}: {error.strerror}; check the permissions") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends everything. SQLite itself checkpoints, as the last connection of a database does."""
+        for connection in self._connections:
+            try:
+                connection.close(True)
+            except apsw.Error:  # a checkpoint at close that fails leaves the WAL as it is, which is just as good
+                connection.close(True)
+        self._connections = []
+        for descriptor in (self._wal_file, self._file):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._wal_file = -1
+        with _open_inodes_guard:
+            _open_inodes.pop((self.identity.device, self.identity.inode), None)
+
+    def still_at_path(self) -> bool:
+        """Whether the path still names the file that is open here."""
+        try:
+            return identify(self.path) == self.identity
+        except DatabaseMissing:
+            return False
+
+    # -- read lock -----------------------------------------------------------------------------------------------------
+
+    @property
+    def holds_lock(self) -> bool:
+        return bool(self._connections) and self._holder.in_transaction
+
+    def acquire(self) -> None:
+        """Begin the first read transaction. From here on the WAL holds still. Raises DatabaseBusy."""
+        with _translated(self.path):
+            _begin_read(self._holder)
+        if self.journal is Journal.WAL and self._wal_file < 0:
+            self._wal_file = self._open_wal()
+
+    def release(self) -> None:
+        """End the read transaction; what happens to the WAL from here on is not known."""
+        with _translated(self.path):
+            _end(self._holder)
+
+    def pass_lock(self) -> None:
+        """Begin a new read transaction at the newest commit, then end the old one.
+
+        Only when the WAL was read to its end since the last ``acquire`` or ``pass_lock``; see the head of this file.
+        """
+        with _translated(self.path):
+            _begin_read(self._spare)
+            _end(self._holder)
+        self._holder, self._spare = self._spare, self._holder
+
+    def checkpoint(self, drain: Callable[[], None]) -> Checkpoint:
+        """Backfill the whole WAL, so that the next commit starts it anew at a position that is known.
+
+        drain: reads the WAL to its end and keeps what is in it; called without the barrier and again under it. No commit of an
+        application can happen under the barrier, which is held for the last few frames only. Raises DatabaseBusy when an application
+        holds the write lock for longer than BARRIER_TIMEOUT_MS; nothing is lost then.
+        """
+        drain()
+        self.pass_lock()
+        drain()
+        with _translated(self.path):
+            self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        failpoints.reach("before-checkpoint")
+        with self._barrier() as since:
+            drain()
+            self.pass_lock()
+            with _translated(self.path):
+                frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            failpoints.reach("under-barrier")
+            self.pass_lock()
+        held_s = time.monotonic() - since
+        failpoints.reach("after-checkpoint")
+        return Checkpoint(complete=frames == backfilled, barrier_s=held_s)
+
+    @contextmanager
+    def _barrier(self) -> Iterator[float]:
+        with _translated(self.path):
+            if len(self._connections) == 2:
+                self._connections.append(self._connect())
+            barrier = self._connections[2]
+            barrier.set_busy_timeout(BARRIER_TIMEOUT_MS)
+            barrier.execute("BEGIN IMMEDIATE")
+        try:
+            yield time.monotonic()
+        finally:
+            barrier.execute("ROLLBACK")
+
+    # -- raw reads -----------------------------------------------------------------------------------------------------
+
+    def wal_size(self) -> int:
+        return os.fstat(self._wal_file).st_size if self._wal_file >= 0 else 0
+
+    def read_wal(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes of the WAL from ``offset``; fewer at its end."""
+        return _read(self._wal_file, offset, length, self.path) if self._wal_file >= 0 else b""
+
+    def wal_header(self) -> wal.WalHeader | None:
+        """The WAL's header; None while nothing was written to it."""
+        data = self.read_wal(0, wal.HEADER_SIZE)
+        if len(data) < wal.HEADER_SIZE:
+            return None
+        try:
+            return wal.parse_header(data)
+        except WalHeaderDamaged:
+            # A header is being written at this moment, or was torn by a crash; SQLite ignores such a WAL.
+            return None
+
+    def wal_is_ours(self) -> bool:
+        """Whether the path of the WAL still names the file that is open here; SQLite never replaces it while a connection is open."""
+        if self._wal_file < 0:
+            return True
+        try:
+            at_path = Path(f"{self.path}-wal").stat()
+        except FileNotFoundError:
+            return False
+        opened = os.fstat(self._wal_file)
+        return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
+
+    def wal_mtime_ms(self) -> int:
+        """When the WAL was written last, UTC milliseconds since 1970."""
+        return os.fstat(self._wal_file).st_mtime_ns // 1_000_000
+
+    def committed_frames(self) -> int:
+        """Frames of committed transactions in this generation of the WAL, by SQLite's own account."""
+        with _translated(self.path):
+            frames, _ = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        return max(0, frames)
+
+    def in_wal_mode(self) -> bool:
+        """Asked again, since an application can switch while no read lock is held."""
+        with _translated(self.path):
+            return str(self._holder.execute("PRAGMA journal_mode").get) == "wal"
+
+    def committed_page_count(self) -> int:
+        """The size of the database in pages, as the read transaction sees it."""
+        with _translated(self.path):
+            return int(self._holder.execute("PRAGMA page_count").get)
+
+    def read_pages(self, first_page_no: int, count: int) -> bytes:
+        """``count`` pages of the database file; beyond its end they are zeros, as SQLite has it."""
+        length = count * self.page_size
+        data = _read(self._file, (first_page_no - 1) * self.page_size, length, self.path)
+        return data if len(data) == length else data + bytes(length - len(data))
+
+    def stamp(self) -> FileStamp:
+        status = os.fstat(self._file)
+        return FileStamp(status.st_size, status.st_mtime_ns, _read(self._file, 24, 4, self.path))
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        key = (self.identity.device, self.identity.inode)
+        with _open_inodes_guard:
+            other = _open_inodes.get(key)
+            if other is not None:
+                raise DatabaseNotReplicable(
+                    f"{self.path} is the same file as {other}, which is replicated already; drop one"
+                )
+            _open_inodes[key] = self.path
+
+    def _check_magic(self) -> None:
+        head = os.pread(self._file, 16, 0)
+        if head != SQLITE_MAGIC:
+            what = "is empty" if not head else "is not an SQLite database (or is encrypted as a whole)"
+            raise NotADatabase(f"{self.path} {what}")
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
+        connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        connection.wal_autocheckpoint(0)
+        connection.execute("PRAGMA journal_mode").fetchall()  # a connection learns of the WAL by its first read
+        return connection
+
+    def _open_wal(self) -> int:
+        try:
+            return os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DatabaseNotReplicable(f"{self.path}-wal: {error.strerror}; its WAL cannot be read") from error
+
+
+def is_database_file(path: Path) -> bool:
+    """Whether a file begins as an SQLite database does. Never touches a file that is open here already."""
+    try:
+        identity = identify(path)
+    except DatabaseError:
+        return False
+    with _open_inodes_guard:
+        if (identity.device, identity.inode) in _open_inodes:
+            return True
+        # Opened and closed under the guard, so that no LiveDatabase of this process can come between.
+        try:
+            with path.open("rb", buffering=0) as file:
+                return file.read(16) == SQLITE_MAGIC
+        except OSError:
+            return False
+
+
+def _begin_read(connection: apsw.Connection) -> None:
+    if connection.in_transaction:
+        return
+    connection.execute("BEGIN")
+    try:
+        connection.execute("PRAGMA schema_version").fetchall()
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _end(connection: apsw.Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
+
+
+def _read(descriptor: int, offset: int, length: int, path: Path) -> bytes:
+    try:
+        data = os.pread(descriptor, length, offset)
+        while 0 < len(data) < length:
+            more = os.pread(descriptor, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+    except OSError as error:
+        raise DatabaseError(f"{path}: {error.strerror} while reading at byte {offset}; check the disk") from error
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """apsw's exceptions as ours."""
+    try:
+        yield
+    except (apsw.BusyError, apsw.LockedError) as error:
+        raise DatabaseBusy(f"{path} is locked by another program; trying again") from error
+    except apsw.NotADBError as error:
+        raise NotADatabase(f"{path} is not an SQLite database (or is encrypted as a whole)") from error
+    except apsw.CantOpenError as error:
+        raise DatabaseError(
+            f"{path} cannot be opened: {error}; check the permissions of the file and its folder"
+        ) from error
+    except apsw.Error as error:
+        raise DatabaseError(f"{path}: {error}") from error

@@ -1,0 +1,36 @@
+"""Named points at which a test can have the process die. Owns the names; does nothing unless REPLICATOR_FAILPOINT is set.
+
+``REPLICATOR_FAILPOINT=name`` kills the process with SIGKILL when it first comes past that point; ``name:3`` the third time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+NAMES = (
+    "before-spool-write",
+    "after-spool-write",
+    "before-upload",
+    "after-upload",
+    "after-upload-recorded",
+    "before-base-write",
+    "after-base-write",
+    "before-checkpoint",
+    "under-barrier",
+    "after-checkpoint",
+)
+
+_name, _, _count = os.environ.get("REPLICATOR_FAILPOINT", "").partition(":")
+_left = int(_count or 1)
+
+
+def reach(name: str) -> None:
+    """Die here, if this is the point that the environment names."""
+    global _left
+    assert name in NAMES, name
+    if name != _name:
+        return
+    _left -= 1
+    if _left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,60 @@
+"""Where a timeline comes from: gives a writer its own, with its parent and the position where it forks.
+
+Owns the choice of the number and the parent. Two writers never get the same number, since the record is written conditionally.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from replicator import chain
+from replicator.errors import ChainBroken, NothingToRestore
+from replicator.replica import Replica
+from replicator.spool import Captured
+from replicator.values import Timeline
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """timeline: the new one. txid: it goes on after this. known: the state there, None when it must begin with a snapshot."""
+
+    timeline: Timeline
+    txid: int
+    known: Captured | None
+
+
+def new_timeline(replica: Replica, known: Captured | None, *, writer: str, reason: str, now_ms: int) -> Origin:
+    """Write the record of a new timeline. Raises StoreError.
+
+    known: the state that the database forks from, when it is of this replica; else the new timeline begins with a snapshot, and
+    its parent is the newest that there is.
+    """
+    while True:
+        timelines = replica.timelines()
+        number = max(timelines, default=0) + 1
+        if known is not None and timelines.get(known.timeline.number) == known.timeline:
+            parent, fork_txid = known.timeline.number, known.txid
+        else:
+            known = None
+            parent, fork_txid = _newest(replica, timelines)
+        timeline = Timeline(
+            number=number,
+            database=next(iter(timelines.values())).database if timelines else secrets.token_hex(16),
+            parent=parent,
+            fork_txid=fork_txid,
+            created_ms=now_ms,
+            writer=writer,
+            reason=reason,
+        )
+        if replica.write_timeline(timeline):
+            return Origin(timeline, fork_txid or 0, known)
+
+
+def _newest(replica: Replica, timelines: dict[int, Timeline]) -> tuple[int | None, int | None]:
+    """The newest position as (timeline, txid), (None, None) when the replica holds nothing that can be restored."""
+    try:
+        position = chain.newest(timelines, replica.segments())
+    except (NothingToRestore, ChainBroken):
+        return None, None
+    return position.timeline, position.txid

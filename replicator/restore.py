@@ -1,0 +1,567 @@
+"""Restore: a position of a replica becomes a new database file, verified, or nothing becomes of it.
+
+Owns the file until it has its name. It never overwrites a file, and never leaves one that was not verified to the last
+page.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+from urllib.parse import quote
+
+import apsw
+import numpy as np
+from numpy.typing import NDArray
+
+from replicator import chain
+from replicator.durable import fsync_dir
+from replicator.errors import (
+    ChainBroken,
+    FormatError,
+    IntegrityCheckFailed,
+    NothingToRestore,
+    ObjectMissing,
+    ReplicatorError,
+    RestoreError,
+    SegmentDamaged,
+    StateMismatch,
+    TargetExists,
+    UsageError,
+)
+from replicator.layout import SegmentRef
+from replicator.pagehash import StateHashes, hash_pages
+from replicator.replica import Replica, open_segment
+from replicator.segment import Group, ReadAt, SegmentReader
+from replicator.store import ObjectStore
+from replicator.values import Position, Timeline
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+"""(bytes done, bytes in all), of the segments as they are stored. Called from the thread that restores."""
+
+_T = TypeVar("_T")
+
+_WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
+_FETCH_BYTES = 2 << 20  # of a larger one, neighbouring groups up to this size are
+_READ_BACK_BYTES = 4 << 20
+_SIDE_FILES = ("", "-wal", "-journal", "-shm")
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What to restore, and how. At most one of position, txid and at_ms; with none of them, the newest position.
+
+    txid, at_ms: on ``timeline`` or its ancestors before it left them; on the newest timeline if none is named. at_ms:
+    UTC milliseconds since 1970, the last commit at or before it. parallelism: downloads at once. mode: of the restored
+    file; 0600 if none is given, since a database may hold secrets.
+    """
+
+    position: Position | None = None
+    txid: int | None = None
+    timeline: int | None = None
+    at_ms: int | None = None
+    parallelism: int = 8
+    integrity_check: Literal["none", "quick", "full"] = "quick"
+    mode: int | None = None
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """What a restore would do. reached_ms: time of the last commit in it. segments: in the order of their txids.
+
+    download_bytes: of the segments, an upper bound of what is fetched. size_bytes, state_checksum: of the database that
+    they give.
+    """
+
+    position: Position
+    reached_ms: int
+    segments: tuple[SegmentRef, ...]
+    download_bytes: int
+    page_size: int
+    page_count: int
+    size_bytes: int
+    state_checksum: int
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did. hashes: of every page, for a writer that goes on from here.
+
+    size_bytes: of the database. downloaded_bytes: of segments.
+    """
+
+    position: Position
+    reached_ms: int
+    page_size: int
+    page_count: int
+    size_bytes: int
+    state_checksum: int
+    hashes: StateHashes = field(repr=False, compare=False)
+    took_s: float
+    downloaded_bytes: int
+    segments: int
+
+
+def plan_restore(store: ObjectStore, options: RestoreOptions) -> RestorePlan:
+    """What ``restore`` would do now. Raises NothingToRestore, ChainBroken, SegmentDamaged, StoreError, UsageError."""
+    _check_options(options)
+    return _with_fallback(Replica(store), options, lambda plan: plan)
+
+
+def restore(
+    store: ObjectStore,
+    target: Path,
+    options: RestoreOptions = RestoreOptions(),
+    *,
+    on_progress: OnProgress | None = None,
+) -> RestoreReport:
+    """Write the state at a position of the replica in ``store`` to the new file ``target``, durably.
+
+    It is equal, page for page, to what was committed at the source: chain, checksums of the segments and the state
+    checksum of the finished file are verified before the file gets its name. Otherwise nothing is left at the target.
+    A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position.
+    Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    _check_target(target)
+    _mention_leftovers(target)
+    replica = Replica(store)
+
+    def attempt(plan: RestorePlan) -> RestoreReport:
+        return _write_new_file(replica, plan, target, options, started, on_progress or (lambda done, total: None))
+
+    return _with_fallback(replica, options, attempt)
+
+
+# -- which segments ----------------------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """A segment cannot be used; another plan may do without it."""
+
+    def __init__(self, ref: SegmentRef, error: ReplicatorError) -> None:
+        super().__init__(str(error))
+        self.ref = ref
+        self.error = error
+
+
+@contextmanager
+def _blaming(ref: SegmentRef) -> Iterator[None]:
+    try:
+        yield
+    except (FormatError, ObjectMissing, ChainBroken) as error:
+        raise _Unusable(ref, error) from error
+
+
+def _with_fallback(replica: Replica, options: RestoreOptions, act: Callable[[RestorePlan], _T]) -> _T:
+    """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
+
+    The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
+    was listed and is gone (retention does that) is reason to list again, once.
+    """
+    unusable: dict[str, ReplicatorError] = {}
+    listed_again = False
+    while True:
+        try:
+            return act(_resolve(replica, options, unusable))
+        except _Unusable as failed:
+            if isinstance(failed.error, ObjectMissing):
+                if listed_again:
+                    raise failed.error from None
+                listed_again = True
+            unusable[failed.ref.key] = failed.error
+            log.warning("the restore looks for a way around a segment: %s", failed.error)
+        except ObjectMissing as error:
+            if listed_again:
+                raise
+            listed_again = True
+            log.warning("the replica changed during the restore, it is listed again: %s", error)
+        except (ChainBroken, NothingToRestore) as broken:
+            if not unusable:
+                raise
+            first = next(iter(unusable.values()))
+            raise type(first)(f"{first}; without it, {broken}") from first
+
+
+def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, ReplicatorError]) -> RestorePlan:
+    timelines, segments = replica.timelines(), replica.segments()
+    target = _target(replica, timelines, segments, options)
+    found = chain.plan(timelines, [ref for ref in segments if ref.key not in unusable], target)
+    last = found.segments[-1]
+    with _blaming(last):
+        header = replica.header(last)
+        record = timelines.get(last.timeline)
+        if record is not None and record.database != header.database:
+            raise SegmentDamaged(f"{last.key} is damaged: it belongs to another database; it was copied to this place")
+    return RestorePlan(
+        position=Position(last.timeline, last.last),
+        reached_ms=header.last_commit_ms,
+        segments=found.segments,
+        download_bytes=found.size_bytes,
+        page_size=header.page_size,
+        page_count=header.page_count,
+        size_bytes=header.page_size * header.page_count,
+        state_checksum=header.state_after,
+    )
+
+
+def _target(
+    replica: Replica, timelines: dict[int, Timeline], segments: list[SegmentRef], options: RestoreOptions
+) -> Position:
+    if options.position is not None:
+        return options.position
+    if options.at_ms is not None:
+        return replica.find_position(timelines, segments, options.at_ms, options.timeline)[0]
+    if options.txid is not None:
+        timeline = options.timeline
+        return Position(chain.newest(timelines, segments).timeline if timeline is None else timeline, options.txid)
+    newest = chain.newest(timelines, segments, options.timeline)
+    stranded = sum(ref.timeline == newest.timeline and ref.last > newest.txid for ref in segments)
+    if stranded:
+        log.warning("%d segments after %s do not follow from it and are left out; see the history", stranded, newest)
+    return newest
+
+
+def _check_options(options: RestoreOptions) -> None:
+    if sum(wish is not None for wish in (options.position, options.txid, options.at_ms)) > 1:
+        raise UsageError("a restore has one target; give a position, a txid or a time, not several of them")
+    if options.position is not None and options.timeline is not None:
+        raise UsageError("a position names its timeline; leave out the timeline")
+    if options.parallelism < 1:
+        raise UsageError(f"parallelism is {options.parallelism}; it must be 1 or more")
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _check_target(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise RestoreError(f"the directory {target.parent} does not exist; create it first")
+    for suffix in _SIDE_FILES:
+        there = target.with_name(target.name + suffix)
+        if os.path.lexists(there):
+            raise TargetExists(f"{there} exists; move it away, or restore to another path")
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name[:200]}.restoring-"
+
+
+def _mention_leftovers(target: Path) -> None:
+    prefix = _temporary_prefix(target)
+    left = sorted(path.name for path in target.parent.iterdir() if path.name.startswith(prefix))
+    if left:
+        log.warning(
+            "files of other restores that run or were killed are in %s: %s; remove those that no process writes",
+            target.parent,
+            ", ".join(left),
+        )
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    found = os.statvfs(folder)
+    available_bytes = found.f_bavail * found.f_frsize
+    if needed_bytes > available_bytes:
+        raise RestoreError(
+            f"the restored database needs {needed_bytes} bytes, {folder} has {available_bytes} bytes available; "
+            "make room, or restore to another file system"
+        )
+
+
+def _write_new_file(
+    replica: Replica,
+    plan: RestorePlan,
+    target: Path,
+    options: RestoreOptions,
+    started: float,
+    on_progress: OnProgress,
+) -> RestoreReport:
+    _check_space(target.parent, plan.size_bytes)
+    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, plan.size_bytes)
+            assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
+            assembly.run()
+            hashes = _read_back(fd, plan, options.parallelism)
+            _check_integrity(temporary, plan, options.integrity_check)
+            os.fchmod(fd, 0o600 if options.mode is None else options.mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _publish(temporary, target)
+    except OSError as error:
+        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    return RestoreReport(
+        position=plan.position,
+        reached_ms=plan.reached_ms,
+        page_size=plan.page_size,
+        page_count=plan.page_count,
+        size_bytes=plan.size_bytes,
+        state_checksum=hashes.checksum,
+        hashes=hashes,
+        took_s=time.monotonic() - started,
+        downloaded_bytes=assembly.downloaded_bytes,
+        segments=len(plan.segments),
+    )
+
+
+def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
+    """The page hashes of the finished file. Raises StateMismatch unless they make the state that was recorded."""
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes != plan.size_bytes:
+        raise StateMismatch(f"the restored file has {size_bytes} bytes instead of {plan.size_bytes}")
+    hashes = StateHashes(plan.page_count)
+    page_size = plan.page_size
+
+    def hash_at(offset: int) -> tuple[int, NDArray[np.uint64]]:
+        first_page_no = offset // page_size + 1
+        data = os.pread(fd, min(_READ_BACK_BYTES, size_bytes - offset), offset)
+        return first_page_no, hash_pages(first_page_no, data, page_size)
+
+    with ThreadPoolExecutor(parallelism, "read-back") as pool:
+        for first_page_no, found in pool.map(hash_at, range(0, size_bytes, _READ_BACK_BYTES)):
+            hashes.set_range(first_page_no, found)
+    if hashes.checksum != plan.state_checksum:
+        raise StateMismatch(
+            f"the pages of {plan.position} have the state checksum {hashes.checksum:016x}, the source had "
+            f"{plan.state_checksum:016x}; the result was thrown away, restore another position"
+        )
+    return hashes
+
+
+def _check_integrity(path: Path, plan: RestorePlan, check: Literal["none", "quick", "full"]) -> None:
+    """SQLite's own check. The file has no WAL beside it and nobody else has it open, hence ``immutable``."""
+    if check == "none" or plan.page_count == 0:
+        return
+    pragma = "quick_check" if check == "quick" else "integrity_check"
+    try:
+        connection = apsw.Connection(
+            f"file:{quote(str(path.absolute()))}?immutable=1", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+        )
+        try:
+            complaints = [str(row[0]) for row in connection.execute(f"PRAGMA {pragma}(10)")]
+        finally:
+            connection.close()
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        complaints = [str(error)]
+    except apsw.SQLError as error:
+        # The schema needs a collation or function that only the app has. The checksums have proven the pages already.
+        log.warning("SQLite cannot run %s on %s here and the check is left out: %s", pragma, plan.position, error)
+        return
+    if complaints != ["ok"]:
+        raise IntegrityCheckFailed(
+            f"{plan.position} was restored as it was at its source, but {pragma} finds: {'; '.join(complaints)}; "
+            "restore an earlier position, or leave the check out to get the file as it is"
+        )
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give the file its name, durably, unless something took the name meanwhile."""
+    _check_target(target)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
+    except OSError:
+        _publish_without_links(temporary, target)
+    else:
+        temporary.unlink()
+    fsync_dir(target.parent)
+
+
+def _publish_without_links(temporary: Path, target: Path) -> None:
+    """For file systems that have no hard links: reserve the name, then rename over it."""
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
+    try:
+        temporary.replace(target)
+    except OSError:
+        target.unlink()
+        raise
+
+
+# -- the pages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Opened:
+    ref: SegmentRef
+    reader: SegmentReader
+    read_at: ReadAt
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """Neighbouring groups to fetch by one request of ``length`` bytes, each with the pages wanted of it (None: all)."""
+
+    opened: _Opened
+    parts: tuple[tuple[Group, frozenset[int] | None], ...]
+    length: int
+
+
+def _slice(whole: bytes, offset: int, length: int) -> bytes:
+    return whole[offset : offset + length]
+
+
+class _Assembly:
+    """Puts the pages of a plan into a file of the right size, whose bytes are 0.
+
+    The segments are taken from the newest to the oldest, and each page from the first that has it, so nothing is
+    written twice and superseded groups are not fetched. The calling thread decides who writes which page; the threads of
+    the pool fetch, check, decompress and write, in any order. In memory are at most 4 * parallelism small segments and
+    ``parallelism`` fetches of larger ones.
+    """
+
+    def __init__(
+        self, store: ObjectStore, plan: RestorePlan, fd: int, parallelism: int, on_progress: OnProgress
+    ) -> None:
+        self.downloaded_bytes = 0
+        self._store = store
+        self._plan = plan
+        self._fd = fd
+        self._parallelism = parallelism
+        self._on_progress = on_progress
+        self._taken = np.zeros(plan.page_count + 1, dtype=np.bool_)
+        self._limit = (
+            plan.page_count
+        )  # the smallest size of the database from here to the target: beyond it all is gone
+        self._running: deque[Future[int]] = deque()
+        self._done_bytes = 0
+        self._counter_lock = threading.Lock()
+
+    def run(self) -> None:
+        """Raises _Unusable, StoreError, OSError; then nothing of it still runs."""
+        pool = ThreadPoolExecutor(self._parallelism, "restore")
+        try:
+            newer: SegmentReader | None = None
+            for opened in self._opened(pool):
+                with _blaming(opened.ref):
+                    _check_link(opened.reader, newer)
+                newer = opened.reader
+                self._limit = min(self._limit, newer.header.page_count)
+                self._start(pool, opened)
+            while self._running:
+                self._finish_one()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _opened(self, pool: ThreadPoolExecutor) -> Iterator[_Opened]:
+        """Newest first, opened ahead of their use."""
+        waiting = deque(reversed(self._plan.segments))
+        opening: deque[Future[_Opened]] = deque()
+        while waiting or opening:
+            while waiting and len(opening) < 2 * self._parallelism:
+                opening.append(pool.submit(self._open, waiting.popleft()))
+            yield opening.popleft().result()
+
+    def _open(self, ref: SegmentRef) -> _Opened:
+        with _blaming(ref):
+            size_bytes = ref.size_bytes or self._store.head(ref.key).size_bytes
+            if size_bytes > _WHOLE_BYTES:
+                read_at = partial(self._get, ref)
+            else:
+                whole = self._get(ref, 0, size_bytes)
+                read_at = partial(_slice, whole)
+            return _Opened(ref, open_segment(ref, read_at, size_bytes), read_at)
+
+    def _get(self, ref: SegmentRef, offset: int, length: int) -> bytes:
+        data = self._store.get(ref.key, offset=offset, length=length)
+        with self._counter_lock:
+            self.downloaded_bytes += len(data)
+        return data
+
+    def _start(self, pool: ThreadPoolExecutor, opened: _Opened) -> None:
+        fetched_bytes = 0
+        for fetch in self._fetches(opened):
+            fetched_bytes += fetch.length
+            while len(self._running) >= 2 * self._parallelism:
+                self._finish_one()
+            self._running.append(pool.submit(self._apply, fetch))
+        self._progress(opened.reader.size - fetched_bytes)
+
+    def _fetches(self, opened: _Opened) -> Iterator[_Fetch]:
+        parts: list[tuple[Group, frozenset[int] | None]] = []
+        length = 0
+        for group in opened.reader.groups:
+            pages, complete = self._take(group.page_nos)
+            if parts and (not len(pages) or length + group.length > _FETCH_BYTES):
+                yield _Fetch(opened, tuple(parts), length)
+                parts, length = [], 0
+            if len(pages):
+                parts.append((group, None if complete else frozenset(pages.tolist())))
+                length += group.length
+        if parts:
+            yield _Fetch(opened, tuple(parts), length)
+
+    def _take(self, page_nos: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], bool]:
+        """Those pages that no newer segment has, which are this segment's now, and whether that is all of them."""
+        pages = page_nos[page_nos <= self._limit]
+        pages = pages[~self._taken[pages]]
+        self._taken[pages] = True
+        return pages, len(pages) == len(page_nos)
+
+    def _apply(self, fetch: _Fetch) -> int:
+        with _blaming(fetch.opened.ref):
+            start = fetch.parts[0][0].offset
+            data = memoryview(fetch.opened.read_at(start, fetch.length))
+            for group, wanted in fetch.parts:
+                at = group.offset - start
+                pages = fetch.opened.reader.decode_group(group, data[at : at + group.length])
+                self._write([page for page in pages if wanted is None or page[0] in wanted])
+        return fetch.length
+
+    def _write(self, pages: list[tuple[int, memoryview]]) -> None:
+        """One write for each stretch of neighbouring pages."""
+        start = 0
+        for i in range(1, len(pages) + 1):
+            if i == len(pages) or pages[i][0] != pages[i - 1][0] + 1:
+                stretch = memoryview(b"".join(data for _, data in pages[start:i]))
+                offset = (pages[start][0] - 1) * self._plan.page_size
+                while stretch:
+                    written = os.pwrite(self._fd, stretch, offset)
+                    stretch, offset = stretch[written:], offset + written
+                start = i
+
+    def _finish_one(self) -> None:
+        self._progress(self._running.popleft().result())
+
+    def _progress(self, more_bytes: int) -> None:
+        self._done_bytes += more_bytes
+        self._on_progress(self._done_bytes, self._plan.download_bytes)
+
+
+def _check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
+    """Raises ChainBroken unless the newer segment follows from this one. Source: docs/format.md, section 4."""
+    if newer is None:
+        return
+    header, after = reader.header, newer.header
+    if header.database != after.database or header.page_size != after.page_size:
+        raise ChainBroken(f"{newer.name} does not follow from {reader.name}: another database or page size")
+    # A segment that begins inside the range of the one before says nothing about the state in between.
+    adjoining = after.first == header.last + 1
+    if adjoining and (header.state_after, header.page_count) != (after.state_before, after.pages_before):
+        raise ChainBroken(
+            f"{newer.name} does not follow from {reader.name}: it was made for {after.pages_before} pages with state "
+            f"{after.state_before:016x}, not {header.page_count} pages with state {header.state_after:016x}"
+        )

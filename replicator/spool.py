@@ -1,0 +1,238 @@
+"""What the replicator keeps on the local disk for one database: the state it captured last, and segments that wait for upload.
+
+Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``spool/``, the only upload queue; ``kept/``, segments that
+were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never reads a database.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import xxhash
+
+from replicator import durable, failpoints
+from replicator.errors import DatabaseNotReplicable, LocalStateDamaged, SegmentDamaged, SegmentVersionUnknown
+from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
+from replicator.pagehash import StateHashes, page_hash
+from replicator.segment import SegmentHeader, SegmentReader, SegmentWriter, Source
+from replicator.values import Timeline
+
+_MAGIC = b"RPBASE1\n"
+_CHECKSUM_BYTES = 8
+_KEPT_FLOOR_BYTES = 4 * 1024 * 1024
+_KEPT_SEGMENTS = 256
+
+
+class Base(msgspec.Struct, frozen=True):
+    """Where the captured state begins: a position, and where in the WAL it was. The page hashes follow it in the file.
+
+    restored: the position is one that a restore put at the path; what is written from there on is another timeline.
+    """
+
+    timeline: Timeline
+    txid: int
+    page_size: int
+    last_commit_ms: int
+    source: Source | None
+    restored: bool = False
+
+
+@dataclass
+class Captured:
+    """The newest state that was captured: what the next segment builds on. page_size 0: nothing was captured yet."""
+
+    timeline: Timeline
+    txid: int
+    page_size: int
+    last_commit_ms: int
+    source: Source | None
+    restored: bool
+    hashes: StateHashes
+
+    def base(self) -> Base:
+        return Base(self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored)
+
+
+class Spool:
+    """One database's folder. The capturing thread appends, the uploads mark as shipped; both may run at once."""
+
+    def __init__(self, directory: Path) -> None:
+        """Takes the folder for this process. Raises DatabaseNotReplicable when another replicator has it."""
+        self.directory = directory
+        self._waiting = directory / "spool"
+        self._kept = directory / "kept"
+        for folder in (self._waiting, self._kept):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = self._take_lock()
+        for unfinished in self._waiting.glob("*.tmp"):
+            unfinished.unlink()
+        self._guard = threading.Lock()
+        self._waiting_refs = _refs(self._waiting)
+        self._kept_refs = _refs(self._kept)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # -- the captured state --------------------------------------------------------------------------------------------
+
+    def load(self) -> Captured | None:
+        """The captured state, put together from the base and the segments after it. None when there never was one.
+
+        Raises LocalStateDamaged when it cannot be put together; ``discard`` then, and a new timeline begins.
+        """
+        try:
+            data = (self.directory / "base").read_bytes()
+        except FileNotFoundError:
+            return None
+        captured = _decode_base(data, self.directory)
+        for ref in sorted([*self._kept_refs.values(), *self._waiting_refs.values()], key=lambda ref: ref.last):
+            if ref.last > captured.txid:
+                self._apply(captured, ref)
+        return captured
+
+    def save_base(self, captured: Captured) -> None:
+        """Make the captured state the base; shipped segments up to there are not needed any more."""
+        failpoints.reach("before-base-write")
+        durable.write_file(self.directory / "base", _encode_base(captured))
+        failpoints.reach("after-base-write")
+        with self._guard:
+            covered = [ref for ref in self._kept_refs.values() if ref.last <= captured.txid]
+            for ref in covered:
+                del self._kept_refs[ref.last]
+        for ref in covered:
+            (self._kept / ref.file_name).unlink(missing_ok=True)
+
+    def base_is_due(self, captured: Captured) -> bool:
+        """Whether what is kept outweighs the base, so that a new one is worth its writing."""
+        with self._guard:
+            kept_bytes = sum(ref.size_bytes for ref in self._kept_refs.values())
+            return len(self._kept_refs) > _KEPT_SEGMENTS or kept_bytes > max(
+                _KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count
+            )
+
+    def discard(self) -> None:
+        """Forget all of it: the database starts a new timeline with a snapshot. What was not shipped yet is still in the database."""
+        with self._guard:
+            self._waiting_refs.clear()
+            self._kept_refs.clear()
+        for folder in (self._waiting, self._kept):
+            for file in folder.iterdir():
+                file.unlink(missing_ok=True)
+        (self.directory / "base").unlink(missing_ok=True)
+
+    # -- segments ------------------------------------------------------------------------------------------------------
+
+    def append(self, header: SegmentHeader, write_pages: Callable[[SegmentWriter], None]) -> SegmentRef:
+        """One more segment, durable when this returns. Whatever ``write_pages`` raises leaves nothing behind."""
+        level = SNAPSHOT_LEVEL if header.snapshot else 0
+        ref = SegmentRef(header.timeline, level, header.first, header.last)
+        failpoints.reach("before-spool-write")
+        unfinished = self._waiting / f"{ref.file_name}.tmp"
+        try:
+            with unfinished.open("wb") as file:
+                writer = SegmentWriter(file, header)
+                write_pages(writer)
+                size_bytes = writer.finish()
+                file.flush()
+                os.fsync(file.fileno())
+            durable.replace(unfinished, self._waiting / ref.file_name)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        ref = replace(ref, size_bytes=size_bytes)
+        with self._guard:
+            self._waiting_refs[ref.last] = ref
+        failpoints.reach("after-spool-write")
+        return ref
+
+    def waiting(self) -> list[SegmentRef]:
+        """Segments that are not in the store yet, in order."""
+        with self._guard:
+            return list(self._waiting_refs.values())
+
+    def path(self, ref: SegmentRef) -> Path:
+        """The file of a waiting segment."""
+        return self._waiting / ref.file_name
+
+    def mark_shipped(self, ref: SegmentRef) -> None:
+        (self._waiting / ref.file_name).rename(self._kept / ref.file_name)
+        with self._guard:
+            self._kept_refs[ref.last] = self._waiting_refs.pop(ref.last)
+        failpoints.reach("after-upload-recorded")
+
+    def waiting_bytes(self) -> int:
+        with self._guard:
+            return sum(ref.size_bytes for ref in self._waiting_refs.values())
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise DatabaseNotReplicable(
+                f"{self.directory} is in use by another replicator; two must not replicate one database"
+            ) from None
+        return descriptor
+
+    def _apply(self, captured: Captured, ref: SegmentRef) -> None:
+        path = self._waiting / ref.file_name
+        if not path.exists():
+            path = self._kept / ref.file_name
+        try:
+            with path.open("rb") as file:
+                reader = SegmentReader(_read_at(file), path.stat().st_size)
+                header = reader.header
+                if header.timeline != captured.timeline.number or ref.first != captured.txid + 1:
+                    raise LocalStateDamaged(f"{path} does not follow transaction {captured.txid}")
+                captured.hashes.resize(0 if header.snapshot else header.page_count)
+                captured.hashes.resize(header.page_count)
+                for page_no, page in reader.pages():
+                    captured.hashes.set(page_no, page_hash(page_no, page))
+        except (SegmentDamaged, SegmentVersionUnknown, OSError) as error:
+            raise LocalStateDamaged(f"{path}: {error}") from error
+        if captured.hashes.checksum != header.state_after:
+            raise LocalStateDamaged(f"{path} does not give the state that it states")
+        captured.txid, captured.page_size = header.last, header.page_size
+        captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
+
+
+def _refs(folder: Path) -> dict[int, SegmentRef]:
+    """The segments in a folder by their last txid, in order."""
+    refs = (SegmentRef.from_file_name(file.name, file.stat().st_size) for file in folder.iterdir())
+    return {ref.last: ref for ref in sorted((ref for ref in refs if ref), key=lambda ref: ref.last)}
+
+
+def _read_at(file: BinaryIO) -> Callable[[int, int], bytes]:
+    descriptor = file.fileno()
+    return lambda offset, length: os.pread(descriptor, length, offset)
+
+
+def _encode_base(captured: Captured) -> bytes:
+    head = msgspec.json.encode(captured.base())
+    body = _MAGIC + len(head).to_bytes(4, "little") + head + captured.hashes.to_bytes()
+    return body + xxhash.xxh3_64_intdigest(body).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def _decode_base(data: bytes, directory: Path) -> Captured:
+    body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if not body.startswith(_MAGIC) or xxhash.xxh3_64_intdigest(body) != int.from_bytes(checksum, "little"):
+        raise LocalStateDamaged(f"{directory / 'base'} is damaged")
+    head_length = int.from_bytes(body[8:12], "little")
+    try:
+        base = msgspec.json.decode(body[12 : 12 + head_length], type=Base)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise LocalStateDamaged(f"{directory / 'base'} was written by another release: {error}") from error
+    hashes = StateHashes.from_bytes(body[12 + head_length :])
+    return Captured(base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes)
