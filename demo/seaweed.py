@@ -29,7 +29,8 @@ GRPC_OFFSET = 10_000
 # Below the kernel's range for outgoing connections, with the offset too, so that no client's socket takes one meanwhile.
 _PORT_RANGE = range(11_000, 22_000)
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
+# An orderly end of weed takes 15 s of waiting for nothing; what it has acknowledged is with the kernel and survives a kill.
+_STOP_TIMEOUT_S = 1.0
 _ATTEMPTS = 5
 
 
@@ -215,6 +216,9 @@ def _command(folder: Path, ip: str, ports: Ports) -> Sequence[str]:
         f"-ip.bind={ip}",
         f"-master.port={ports.master}",
         "-master.telemetry=false",
+        # There is one master: it need not wait for others, nor for what it knew of them, before it serves again.
+        "-master.electionTimeout=2s",
+        "-master.resumeState=false",
         "-master.volumeSizeLimitMB=1024",
         f"-volume.port={ports.volume}",
         "-volume.max=0",

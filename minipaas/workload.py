@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minipaas.engine import Container, ContainerSpec, Mount
 from minipaas.errors import BadRequest
-from minipaas.manifest import Check, Manifest
+from minipaas.health import Probe
+from minipaas.manifest import Manifest
 from minipaas.model import Machine, Node, Release, Volume
 
 LABEL_NODE = "minipaas.node"
@@ -38,7 +39,7 @@ class Workload:
     port: int | None
     hosts: tuple[str, ...]
     mounts: tuple[tuple[str, str], ...] = ()
-    checks: tuple[Check, ...] = ()
+    probes: tuple[Probe, ...] = ()
     env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     primary_region: str = ""
     stop_signal: str = "SIGINT"
@@ -57,7 +58,7 @@ def workload_of(release: Release, domain: str) -> Workload:
         port=manifest.http_service.internal_port if manifest.http_service else None,
         hosts=(default_host(release.app, domain),),
         mounts=tuple((mount.source, mount.destination) for mount in manifest.mounts),
-        checks=checks_of(manifest),
+        probes=_probes(manifest),
         env=tuple(sorted(manifest.env.items())),
         primary_region=manifest.primary_region or "",
         stop_signal=manifest.kill_signal,

@@ -1,12 +1,17 @@
 """Which databases a folder's replica holds: one small object for each, and a place for its replica.
 
-Owns the keys ``databases/<name>`` and ``db/<name>/…`` below a folder's prefix. The name of a database is its path in the folder.
+Owns the keys ``databases/<name>`` and ``db/<name>/…`` below a folder's prefix (docs/format.md, section 2.4). The name of a database is its
+path in the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import stat
 from pathlib import Path, PurePosixPath
+
+import msgspec
 
 from replicator.errors import FormatError, PreconditionFailed
 from replicator.store import ObjectStore
@@ -35,13 +40,23 @@ def decode(text: str) -> PurePosixPath:
     return name
 
 
-def register(store: ObjectStore, name: Path) -> ObjectStore:
-    """Enter a database, if it is not there yet, and the store of its replica. Raises StoreError."""
-    key = encode(name)
-    try:
-        store.put(f"{ENTRIES}{key}", b"", if_none_match=True)
-    except PreconditionFailed:
-        pass
+class Entry(msgspec.Struct, frozen=True):
+    """A database of a folder: who owned the file and who might read it when it was found, for the restore."""
+
+    name: str
+    mode: int
+    uid: int
+    gid: int
+    version: int = 1
+
+
+def register(store: ObjectStore, folder: Path, path: Path) -> ObjectStore:
+    """Enter the database at ``path``, if it is not there yet; the store of its replica. Raises StoreError, OSError."""
+    name = path.relative_to(folder)
+    status = path.stat()
+    entry = Entry(str(name), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+    with contextlib.suppress(PreconditionFailed):
+        store.put(f"{ENTRIES}{encode(name)}", msgspec.json.encode(entry), if_none_match=True)
     return replica_of(store, name)
 
 
@@ -49,6 +64,14 @@ def replica_of(store: ObjectStore, name: Path | PurePosixPath) -> ObjectStore:
     return store.sub(f"db/{encode(name)}")
 
 
-def entries(store: ObjectStore) -> list[PurePosixPath]:
-    """Names of all databases that the folder's replica holds. Raises StoreError."""
-    return [decode(info.key.removeprefix(ENTRIES)) for info in store.list(ENTRIES)]
+def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
+    """All databases that the folder's replica holds. Raises StoreError, FormatError."""
+    found = {}
+    for info in store.list(ENTRIES):
+        name = decode(info.key.removeprefix(ENTRIES))
+        try:
+            entry = msgspec.json.decode(store.get(info.key), type=Entry)
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{store.url}/{info.key} is not the entry of a database: {error}") from error
+        found[name] = entry
+    return found

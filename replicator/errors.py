@@ -125,3 +125,11 @@ class DatabaseNotReplicable(DatabaseError):
 
 class SyncTimeout(ReplicatorError):
     """What was committed before the call did not become durable in the time that was given."""
+
+
+class LeaseHeld(ReplicatorError):
+    """Another has the right to write, and is alive."""
+
+
+class LeaseLost(ReplicatorError):
+    """This process had the right to write, and another has it now. It must not write any more."""

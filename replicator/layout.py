@@ -48,12 +48,17 @@ class SegmentRef:
     def from_key(cls, key: str, size_bytes: int = 0) -> SegmentRef | None:
         """None when the key is not that of a segment."""
         match = _SEGMENT_KEY.fullmatch(key)
-        return cls(*map(int, match.groups()), size_bytes) if match else None
+        return _ref(match, size_bytes) if match else None
 
     @classmethod
     def from_file_name(cls, name: str, size_bytes: int = 0) -> SegmentRef | None:
         match = re.fullmatch(r"(\d{8})-(\d)-(\d{16})-(\d{16})\.seg", name)
-        return cls(*map(int, match.groups()), size_bytes) if match else None
+        return _ref(match, size_bytes) if match else None
+
+
+def _ref(match: re.Match[str], size_bytes: int) -> SegmentRef:
+    timeline, level, first, last = map(int, match.groups())
+    return SegmentRef(timeline, level, first, last, size_bytes)
 
 
 def timeline_key(number: int) -> str:

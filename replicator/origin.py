@@ -30,6 +30,8 @@ def new_timeline(replica: Replica, known: Captured | None, *, writer: str, reaso
     known: the state that the database forks from, when it is of this replica; else the new timeline begins with a snapshot, and
     its parent is the newest that there is.
     """
+    parent: int | None
+    fork_txid: int | None
     while True:
         timelines = replica.timelines()
         number = max(timelines, default=0) + 1

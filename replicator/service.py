@@ -245,11 +245,11 @@ class Replicator:
     def _adopt(self, watched: _Watched, path: Path) -> None:
         name = path.relative_to(watched.folder.path)
         try:
-            replica = catalogue.register(watched.store, name)
+            replica = catalogue.register(watched.store, watched.folder.path, path)
             state = watched.state / catalogue.encode(name) if watched.state else None
             self.add(path, replica, state=state, settings=watched.settings)
             log.info("found %s", path)
-        except (StoreError, DatabaseError) as error:
+        except (StoreError, DatabaseError, OSError) as error:
             log.warning("%s is not replicated yet: %s", path, error)
 
 

@@ -1,13 +1,12 @@
-"""The edge made of a real Caddy: starts it, adopts it, gives it its configuration.
+"""The edge made of a real Caddy: starts it, adopts it, gives it its configuration and the files that say where requests go.
 
-Owns the process, its admin socket and the sockets that held requests queue in. Never decides what the configuration
-says (``caddy_config`` does), nor which routes there are.
+Owns the process and its run directory. Never decides what the configuration says (``caddy_config`` does), nor which routes
+there are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import importlib.metadata
 import json
@@ -29,8 +28,6 @@ from minipaas.edge.caddy_config import Json, Site
 from minipaas.errors import EdgeError
 
 MAX_SOCKET_PATH_BYTES = 107
-HELD_APPS = 32
-HELD_REQUESTS_PER_APP = 1024
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
 ADMIN_TIMEOUT_S = 30.0
@@ -39,7 +36,8 @@ ADMIN_TIMEOUT_S = 30.0
 class CaddyEdge:
     """``Edge`` over Caddy. One thread calls ``start``, ``apply`` and ``stop``; ``in_flight`` may be called by any.
 
-    data_dir: certificates, log. run_dir: sockets; its path must be short. http_listen: address and port; address '' for all.
+    data_dir: certificates and log. run_dir: sockets and upstream files; its path must be short. http_listen: address and port.
+    executable: None to look for it. Raises EdgeError when run_dir cannot hold sockets.
     """
 
     def __init__(
@@ -54,15 +52,11 @@ class CaddyEdge:
         self._address, self._port = http_listen
         self._executable = executable
         self._process: subprocess.Popen[bytes] | None = None
+        listen = f"[{self._address}]:{self._port}" if ":" in self._address else f"{self._address}:{self._port}"
         self._site = Site(
-            listen=_join(*http_listen),
-            admin_socket=run_dir / "caddy-admin.sock",
-            hold_dir=run_dir / "hold",
-            storage=data_dir / "storage",
-            log_file=data_dir / "caddy.log",
+            listen, run_dir.absolute(), data_dir.absolute() / "storage", data_dir.absolute() / "caddy.log"
         )
-        _check_socket_path(self._site.admin_socket)
-        _check_socket_path(self._site.slot_path(99999))
+        _check_run_dir(self._site)
 
     # -- Edge --
 
@@ -71,62 +65,49 @@ class CaddyEdge:
             self._process = None
         if not self._answers():
             self._launch()
-        self._site = self._with_slots(sorted(int(path.stem) for path in self._site.hold_dir.glob("*.sock")))
 
     def apply(self, routes: Sequence[Route]) -> None:
         _check_routes(routes)
-        current = self._config()
-        held = caddy_config.assign_slots(routes, caddy_config.held_slots(current), self._site.hold_slots)
-        if caddy_config.same_routing(current, caddy_config.build(self._site, routes, held, ())):
-            return
-        pinned = self._still_counted(current, routes, held)
-        self._admin("POST", "/load", caddy_config.build(self._site, routes, held, pinned))
+        wanted = caddy_config.build(self._site, routes)
+        files = caddy_config.upstream_files(self._site, routes)
+        # A configuration may name a file only after it is there, and a file may go only after no configuration names it.
+        for path, text in files.items():
+            _replace(path, text)
+        if self._admin("GET", "/config/") != wanted:
+            self._admin("POST", "/load", wanted)
+        for path in set(self._site.upstream_dir.iterdir()) - set(files):
+            # Requests that an older configuration has begun may still read it: they learn that the app is gone.
+            _replace(path, self._site.down)
 
     def in_flight(self, upstream: str) -> int:
-        return self._in_flight().get(upstream, 0)
+        upstreams = self._admin("GET", "/reverse_proxy/upstreams") or []
+        return max((int(entry["num_requests"]) for entry in upstreams if entry["address"] == upstream), default=0)
 
     def stop(self) -> None:
         pid = self._pid()
         if pid is not None:
             # Not POST /stop: that waits for every open connection, and an open stream may last for ever.
-            _end(pid, lambda: self._process.poll() if self._process and self._process.pid == pid else None)
+            _end(pid, self._reap)
         self._process = None
-        self._remove_sockets()
-
-    # -- what is in force --
-
-    def _config(self) -> Json:
-        config = self._admin("GET", "/config/")
-        return config if isinstance(config, dict) else {}
-
-    def _in_flight(self) -> dict[str, int]:
-        upstreams = self._admin("GET", "/reverse_proxy/upstreams") or []
-        return {str(entry["address"]): int(entry["num_requests"]) for entry in upstreams}
-
-    def _still_counted(self, current: Json, routes: Sequence[Route], held: dict[str, int]) -> list[str]:
-        """Upstreams that lose their route now, or did before and are still busy."""
-        busy = {upstream for upstream, requests in self._in_flight().items() if requests > 0}
-        old = set(caddy_config.routed_upstreams(current)) | (set(caddy_config.pinned_upstreams(current)) & busy)
-        return sorted(old - {upstream for route in routes if route.app not in held for upstream in route.upstreams})
+        self._clear_run_dir()
 
     # -- the process --
 
     def _launch(self) -> None:
         executable = self._executable or find_caddy()
         self._check_port()
-        for directory in (self._data_dir, self._site.storage, self._site.hold_dir):
+        for directory in (self._data_dir, self._site.storage, self._site.run_dir, self._site.upstream_dir):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._remove_sockets()
-        # Once Caddy has them, nobody else keeps them: held requests outlive this process.
-        with contextlib.ExitStack() as closing:
-            slots = [
-                self._open_slot(closing.enter_context(socket.socket(socket.AF_UNIX))) for _ in range(HELD_APPS + 1)
-            ]
-            self._site = self._with_slots(slots)
-            self._process = self._spawn(executable, slots)
+        self._clear_run_dir()
+        self._process = self._spawn(executable)
         self._await_answer()
 
-    def _spawn(self, executable: Path, descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    def _reap(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=STOP_TIMEOUT_S)
+
+    def _spawn(self, executable: Path) -> subprocess.Popen[bytes]:
         config = self._data_dir / "caddy-start.json"
         config.write_text(json.dumps(caddy_config.starting(self._site)))
         home = str(self._data_dir)
@@ -145,7 +126,6 @@ class CaddyEdge:
                     stderr=output,
                     cwd=self._data_dir,
                     env=env,
-                    pass_fds=descriptors,
                     start_new_session=True,
                 )
         except OSError as error:
@@ -183,19 +163,10 @@ class CaddyEdge:
     def _output(self) -> Path:
         return self._data_dir / "caddy-start.log"
 
-    # -- sockets --
-
-    def _with_slots(self, slots: Sequence[int]) -> Site:
-        return dataclasses.replace(self._site, slots=tuple(sorted(slots)))
-
-    def _open_slot(self, slot: socket.socket) -> int:
-        """Bind it to a path that tells its descriptor's number, which stays the same in Caddy."""
-        slot.bind(str(self._site.slot_path(slot.fileno())))
-        slot.listen(HELD_REQUESTS_PER_APP)
-        return slot.fileno()
-
-    def _remove_sockets(self) -> None:
-        for path in (self._site.admin_socket, *self._site.hold_dir.glob("*.sock")):
+    def _clear_run_dir(self) -> None:
+        site = self._site
+        upstreams = site.upstream_dir.iterdir() if site.upstream_dir.is_dir() else ()
+        for path in (site.admin_socket, site.inner_socket, *upstreams):
             path.unlink(missing_ok=True)
 
     def _pid(self) -> int | None:
@@ -261,16 +232,27 @@ def _packaged_caddy() -> Path | None:
     return next((Path(str(file.locate())).resolve() for file in files if file.name == "caddy"), None)
 
 
-def _join(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def _check_socket_path(path: Path) -> None:
-    size = len(os.fsencode(path))
+def _check_run_dir(site: Site) -> None:
+    longest = max((site.admin_socket, site.inner_socket), key=lambda path: len(os.fsencode(path)))
+    size = len(os.fsencode(longest))
     if size > MAX_SOCKET_PATH_BYTES:
         raise EdgeError(
-            f"{path} is too long for a socket ({size} bytes, at most {MAX_SOCKET_PATH_BYTES}); choose a shorter run directory"
+            f"{longest} is too long for a socket ({size} bytes, at most {MAX_SOCKET_PATH_BYTES}); "
+            "choose a shorter run directory"
         )
+    if set("{}|") & set(str(site.run_dir)):
+        raise EdgeError(
+            f"{site.run_dir} has a brace or a bar in its name, which Caddy would misread; choose another one"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Make the file say this, at once for every reader. Not synced: the run directory does not outlive a reboot."""
+    if path.exists() and path.read_text() == text:
+        return
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def _check_routes(routes: Sequence[Route]) -> None:
@@ -315,7 +297,7 @@ def _holder(port: int) -> str:
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for link in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
         with contextlib.suppress(OSError):
-            if os.readlink(link) in inodes:
+            if str(link.readlink()) in inodes:
                 process = link.parent.parent
                 return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
     return ""

@@ -52,6 +52,8 @@ CALL_S = 60
 # Between two signs of life of a build, a pull, a load or a save; a compiler may be silent for long.
 SILENCE_S = 900
 MAX_OUTPUT = 1 << 20
+# What engines give a container where the host allows it, and what is too little for any server.
+MAX_ULIMIT, MIN_ULIMIT = 1 << 20, 256
 _LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
 _STATES = {"running": "running", "paused": "running", "restarting": "running", "stopping": "running"}
 _NOT_STARTED = {"created", "configured", "initialized"}
@@ -149,18 +151,28 @@ class Abilities:
         text = message.lower()
         if self.init and any(each in text for each in ("container-init binary", "docker-init", "catatonit")):
             return replace(self, init=False)
-        if not self.ulimits and ("rlimit" in text):
-            return replace(self, ulimits=host_ulimits())
+        if "rlimit" in text and (lower := _lower(self.ulimits)):
+            return replace(self, ulimits=lower)
         return None
 
 
+def _lower(ulimits: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    """The next to try; () when there is nothing left that an app could live with."""
+    if not ulimits:
+        return host_ulimits()
+    halved = tuple((name, value // 2) for name, value in ulimits)
+    return halved if all(value >= MIN_ULIMIT for _, value in halved) else ()
+
+
 def host_ulimits() -> tuple[tuple[str, int], ...]:
-    """This process's hard limits, which a container on this host may have too."""
+    """This process's hard limits, which a container on this host may have too. Podman lowers nproc to the kernel's pid_max."""
     found = []
-    for name, which in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
+    for name, which, top in (
+        ("nofile", resource.RLIMIT_NOFILE, MAX_ULIMIT),
+        ("nproc", resource.RLIMIT_NPROC, int(Path("/proc/sys/kernel/pid_max").read_text())),
+    ):
         hard = resource.getrlimit(which)[1]
-        if hard != resource.RLIM_INFINITY:
-            found.append((name, hard))
+        found.append((name, top if hard == resource.RLIM_INFINITY else min(hard, top)))
     return tuple(found)
 
 

@@ -55,12 +55,7 @@ def choose_runtime(cgroups: str, runtimes: Sequence[str]) -> str:
 
 def containers_conf(host: Host) -> str:
     """The text of containers.conf, which replaces the system's."""
-    limits = dict(host.ulimits)
-    limits = {
-        "nofile": min(limits.get("nofile", 1 << 20), 1 << 20),
-        **({"nproc": limits["nproc"]} if "nproc" in limits else {}),
-    }
-    quoted = ", ".join(f'"{name}={value}:{value}"' for name, value in sorted(limits.items()))
+    quoted = ", ".join(f'"{name}={value}:{value}"' for name, value in host.ulimits)
     lines = ["# Written by minipaas at each start of its Podman service.", "[containers]"]
     lines += [f"default_ulimits = [{quoted}]", 'log_driver = "k8s-file"', "log_size_max = 33554432"]
     lines += [f'init_path = "{host.init}"'] if host.init else []

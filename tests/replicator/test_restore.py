@@ -48,7 +48,7 @@ def committed_states(path: Path, page_size: int = 4096) -> list[bytes]:
     states.append(source.commit("DELETE FROM t WHERE id > 250"))
     states.append(source.vacuum())
     for n in range(9, LAST + 1):
-        states.append(source.insert(n * 100, n * 100 + 70, 700))
+        states.append(source.insert(n * 100, n * 100 + 99, 1100))
     source.close()
     return states
 
