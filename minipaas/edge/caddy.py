@@ -31,6 +31,8 @@ MAX_SOCKET_PATH_BYTES = 107
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
 ADMIN_TIMEOUT_S = 30.0
+# Between two loads of a configuration: requests that the first moved have then arrived, and the second can move them on.
+SETTLE_S = 0.2
 
 
 class CaddyEdge:
@@ -56,6 +58,7 @@ class CaddyEdge:
         self._site = Site(
             listen, run_dir.absolute(), data_dir.absolute() / "storage", data_dir.absolute() / "caddy.log"
         )
+        self._settled = 0.0
         _check_run_dir(self._site)
 
     # -- Edge --
@@ -68,16 +71,35 @@ class CaddyEdge:
 
     def apply(self, routes: Sequence[Route]) -> None:
         _check_routes(routes)
-        wanted = caddy_config.build(self._site, routes)
         files = caddy_config.upstream_files(self._site, routes)
-        # A configuration may name a file only after it is there, and a file may go only after no configuration names it.
+        # A configuration may name a file only after it is there.
         for path, text in files.items():
             _replace(path, text)
-        if self._admin("GET", "/config/") != wanted:
-            self._admin("POST", "/load", wanted)
-        for path in set(self._site.upstream_dir.iterdir()) - set(files):
+        self._load(routes)
+        for path in set(self._site.upstream_dir.glob("[!.]*")) - set(files):
             # Requests that an older configuration has begun may still read it: they learn that the app is gone.
             _replace(path, self._site.down)
+
+    def _load(self, routes: Sequence[Route]) -> None:
+        """Make it the configuration, if it is not. Raises EdgeError when Caddy refuses it; the old one is then in force."""
+        generation = self._generation()
+        if self._admin("GET", "/config/") == caddy_config.build(self._site, routes, generation):
+            return
+        time.sleep(max(0.0, self._settled - time.monotonic()))
+        _replace(self._site.again_file, self._site.inner(generation + 1))
+        try:
+            self._admin("POST", "/load", caddy_config.build(self._site, routes, generation + 1))
+        except EdgeError:
+            _replace(self._site.again_file, self._site.inner(generation))
+            raise
+        self._settled = time.monotonic() + SETTLE_S
+
+    def _generation(self) -> int:
+        """Number of the newest configuration; 0 before the first."""
+        try:
+            return int(self._site.again_file.read_text().rpartition("-")[2].removesuffix(".sock"))
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def in_flight(self, upstream: str) -> int:
         upstreams = self._admin("GET", "/reverse_proxy/upstreams") or []
@@ -166,7 +188,7 @@ class CaddyEdge:
     def _clear_run_dir(self) -> None:
         site = self._site
         upstreams = site.upstream_dir.iterdir() if site.upstream_dir.is_dir() else ()
-        for path in (site.admin_socket, site.inner_socket, *upstreams):
+        for path in (site.admin_socket, site.again_file, *site.run_dir.glob("inner-*.sock"), *upstreams):
             path.unlink(missing_ok=True)
 
     def _pid(self) -> int | None:
@@ -189,8 +211,11 @@ class CaddyEdge:
             return False
         return True
 
+    def _connect(self) -> http.client.HTTPConnection:
+        return _UnixConnection(self._site.admin_socket)
+
     def _admin(self, method: str, path: str, body: Json | None = None) -> Any:
-        connection = _UnixConnection(self._site.admin_socket)
+        connection = self._connect()
         try:
             payload = None if body is None else json.dumps(body)
             connection.request(method, path, payload, {"Content-Type": "application/json"})
@@ -233,11 +258,10 @@ def _packaged_caddy() -> Path | None:
 
 
 def _check_run_dir(site: Site) -> None:
-    longest = max((site.admin_socket, site.inner_socket), key=lambda path: len(os.fsencode(path)))
-    size = len(os.fsencode(longest))
+    size = len(os.fsencode(site.admin_socket))
     if size > MAX_SOCKET_PATH_BYTES:
         raise EdgeError(
-            f"{longest} is too long for a socket ({size} bytes, at most {MAX_SOCKET_PATH_BYTES}); "
+            f"{site.admin_socket} is too long for a socket ({size} bytes, at most {MAX_SOCKET_PATH_BYTES}); "
             "choose a shorter run directory"
         )
     if set("{}|") & set(str(site.run_dir)):
@@ -248,11 +272,16 @@ def _check_run_dir(site: Site) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Make the file say this, at once for every reader. Not synced: the run directory does not outlive a reboot."""
-    if path.exists() and path.read_text() == text:
-        return
     fresh = path.with_name(f".{path.name}")
-    fresh.write_text(text)
-    fresh.replace(path)
+    try:
+        if path.exists() and path.read_text() == text:
+            return
+        fresh.write_text(text)
+        fresh.replace(path)
+    except OSError as error:
+        raise EdgeError(
+            f"{path} cannot be written: {error.strerror}; is the edge started, and is there room?"
+        ) from error
 
 
 def _check_routes(routes: Sequence[Route]) -> None:

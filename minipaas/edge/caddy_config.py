@@ -27,6 +27,8 @@ Json = dict[str, Any]
 DIAL_TIMEOUT = "2s"
 RETRY_DIAL_MS = 3000
 RETRY_EVERY = "50ms"
+# Each held request costs Caddy some 50 µs of processor time at this interval, and waits at most this much too long.
+RETRY_HELD_EVERY = "100ms"
 # Shorter than the keep-alive of usual servers (gunicorn 2 s, node and uvicorn 5 s), so that a request is not sent on a
 # connection which the app is just closing.
 IDLE_UPSTREAM = "1500ms"
@@ -52,8 +54,13 @@ class Site:
         return self.run_dir / "caddy-admin.sock"
 
     @property
-    def inner_socket(self) -> Path:
-        return self.run_dir / "caddy-inner.sock"
+    def again_file(self) -> Path:
+        """Says where ``inner`` of the newest configuration listens."""
+        return self.run_dir / "again"
+
+    def inner(self, generation: int) -> str:
+        """Where the inner server of one configuration listens. Another for each, so that none is met while it closes."""
+        return f"unix/{self.run_dir / f'inner-{generation}.sock'}"
 
     @property
     def upstream_dir(self) -> Path:
@@ -89,12 +96,12 @@ def starting(site: Site) -> Json:
     return _config(site, {"edge": _server(site.listen, [{"handle": [page]}])})
 
 
-def build(site: Site, routes: Sequence[Route]) -> Json:
+def build(site: Site, routes: Sequence[Route], generation: int) -> Json:
     """The whole configuration. It is the same for routes that differ only in addresses and in being held."""
     apps = [_app_route(site, route) for route in sorted(routes, key=lambda route: route.app) if route.hosts]
     unknown = {"handle": [_page(404, "No app on this server answers to {http.request.host}.\n")]}
     edge = _server(site.listen, [{"handle": _clean_headers()}, *apps, unknown])
-    inner = _server(f"unix/{site.inner_socket}|0600", [*apps, unknown])
+    inner = _server(f"{site.inner(generation)}|0600", [*apps, unknown])
     # The first hop has set the forwarding headers; here they pass as they are.
     inner["trusted_proxies_unix"] = True
     for server in (edge, inner):
@@ -179,7 +186,7 @@ def _proxy(site: Site, route: Route, state: str, patience_ms: int) -> list[Json]
         "load_balancing": {
             "selection_policy": {"policy": "least_conn"},
             "try_duration": f"{patience_ms}ms",
-            "try_interval": RETRY_EVERY,
+            "try_interval": RETRY_HELD_EVERY if state == "held" else RETRY_EVERY,
             # Failed dials are always tried again. Nothing else is, not even GET: the app may have acted on it.
             "retry_match": [_NEVER],
         },
@@ -197,10 +204,12 @@ def _again(site: Site) -> Json:
     count = {"handler": "headers", "request": {"set": {HOPS: [f"{{http.request.header.{HOPS}}}x"]}}}
     proxy = {
         "handler": "reverse_proxy",
-        "upstreams": [{"dial": f"unix/{site.inner_socket}"}],
+        "upstreams": [{"dial": f"{{file.{site.again_file}}}"}],
         "flush_interval": -1,
         "stream_close_delay": STREAM_CLOSE_DELAY,
         "transport": {"protocol": "http", "keep_alive": {"enabled": False}},
+        # The file is ahead of the configuration for the moment that loading takes.
+        "load_balancing": {"try_duration": "2s", "try_interval": RETRY_EVERY, "retry_match": [_NEVER]},
     }
     return {"match": [undialled | first_hop, undialled | reloaded], "handle": [count, proxy], "terminal": True}
 

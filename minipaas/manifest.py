@@ -1,0 +1,517 @@
+"""minipaas.toml and fly.toml as one typed value, with the line of everything that is wrong.
+
+Owns the keys, their defaults and limits (fly's, where fly has the key). Never builds, deploys or asks anybody.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from minipaas.errors import BadName, ManifestError
+from minipaas.model import check_name
+from minipaas.toml_lines import KeyPath, key_lines, spell
+
+FILE_NAMES = ("minipaas.toml", "fly.toml")
+MAX_BYTES = 64 * 1024
+SIGNALS = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGKILL")
+EXAMPLE = """app = "guestbook"
+[http_service]
+internal_port = 8080
+[[mounts]]
+source = "data"
+destination = "/data"
+"""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"(\d+)\s*(?:(gb|gib|g)|(mb|mib|m))?", re.IGNORECASE)
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VOLUME_NAME = re.compile(r"[a-z0-9_]{1,30}")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+# -- the value ---------------------------------------------------------------------------------------------------------
+
+
+class Build(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the image comes from. dockerfile, ignorefile: relative to the manifest. image: used as it is, nothing is built."""
+
+    dockerfile: str | None = None
+    image: str | None = None
+    target: str | None = None
+    args: dict[str, str] = {}
+    ignorefile: str | None = None
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A question that a healthy machine answers. type: 'tcp' or 'http'. port: inside the container."""
+
+    name: str
+    type: str
+    port: int
+    interval_s: float = 15.0
+    timeout_s: float = 10.0
+    grace_period_s: float = 0.0
+    method: str = "GET"
+    path: str = "/"
+    headers: dict[str, str] = {}
+
+
+class HttpService(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """internal_port: where the app listens inside its container. checks: those that decide whether requests may come."""
+
+    internal_port: int = 8080
+    force_https: bool = False
+    min_machines_running: int = 0
+    processes: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """source: name of the volume. destination: absolute path in the container. initial_size_mb: what the user asked for."""
+
+    source: str
+    destination: str
+    initial_size_mb: int | None = None
+    processes: tuple[str, ...] = ()
+
+
+class Deploy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """wait_timeout_s: how long a new machine may take until it is healthy."""
+
+    wait_timeout_s: float = 300.0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that an app asks for. app: None when the command line names it."""
+
+    app: str | None = None
+    primary_region: str | None = None
+    kill_signal: str = "SIGINT"
+    kill_timeout_s: float = 5.0
+    build: Build = Build()
+    env: dict[str, str] = {}
+    http_service: HttpService | None = None
+    mounts: tuple[Mount, ...] = ()
+    checks: tuple[Check, ...] = ()
+    deploy: Deploy = Deploy()
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises ManifestError for anything that this release would not have written."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ManifestError(
+                f"a stored manifest cannot be read by this release of minipaas ({error}); it was probably written by a newer "
+                "one: upgrade minipaas"
+            ) from error
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def find(directory: Path) -> Path:
+    """The manifest of a source directory. Raises ManifestError that shows how to write one."""
+    for name in FILE_NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    raise ManifestError(
+        f"there is neither minipaas.toml nor fly.toml in {directory}; write a minipaas.toml such as:\n{EXAMPLE}"
+    )
+
+
+def load(path: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest in a file, and warnings. Raises ManifestError."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}:1: cannot be read: {error.strerror}") from error
+    try:
+        return parse(raw.decode(), str(path))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8") from error
+
+
+def parse(text: str, file: str) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest in a text, and warnings. file: its name, for messages. Raises ManifestError."""
+    if len(text.encode()) > MAX_BYTES:
+        raise ManifestError(
+            f"{file}:1: the file is larger than {MAX_BYTES // 1024} KiB; a manifest is never that large"
+        )
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        # Not only TOMLDecodeError: a number of 5000 digits and a list 1000 deep are legal TOML.
+        raise ManifestError(_syntax_error(str(error), text, file)) from error
+    source = _Source(text, file)
+    manifest = _manifest(_Table(source, (), document))
+    return manifest, tuple(source.warnings)
+
+
+def _syntax_error(message: str, text: str, file: str) -> str:
+    at = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    if at is None:
+        return f"{file}:1: {message}"
+    what = message[: at.start()]
+    if at[1]:
+        return f"{file}:{at[1]}: {what} (column {at[2]})"
+    return f"{file}:{max(1, len(text.splitlines()))}: {what} at the end of the file"
+
+
+# -- reading tables ----------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """The text behind a document: turns a path into ``file:line: key``, collects warnings."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self._text, self._file = text, file
+        self._lines: dict[KeyPath, int] | None = None
+        self.warnings: list[str] = []
+
+    def at(self, path: KeyPath) -> str:
+        if self._lines is None:
+            self._lines = key_lines(self._text)
+        shown = path
+        while path and path not in self._lines:
+            path = path[:-1]
+        return f"{self._file}:{self._lines.get(path, 1)}: {spell(shown) or 'the manifest'}"
+
+
+class _Table:
+    """One table, read key by key; ``close`` refuses the keys that nobody asked for."""
+
+    def __init__(self, source: _Source, path: KeyPath, values: dict[str, Any]) -> None:
+        self._source, self._path, self._values = source, path, values
+        self._known: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        raise ManifestError(f"{self._source.at((*self._path, key) if key else self._path)}: {problem}")
+
+    def warn(self, key: str, problem: str) -> None:
+        self._source.warnings.append(f"{self._source.at((*self._path, key))} {problem}")
+
+    def take(self, key: str, expected: str, *types: type) -> Any:
+        """The value, or None when the key is not there. A boolean is not a number here."""
+        self._known.add(key)
+        value = self._values.get(key)
+        if value is None or (isinstance(value, types) and (not isinstance(value, bool) or bool in types)):
+            return value
+        return self.wrong(key, expected)
+
+    def wrong(self, key: str, expected: str) -> NoReturn:
+        self.fail(key, f"expected {expected}, found {_show(self._values[key])}")
+
+    def text(self, key: str) -> str | None:
+        value = self.take(key, "a text", str)
+        if value is not None and (not value or "\0" in value):
+            self.wrong(key, "a text that is not empty")
+        return str(value) if value is not None else None
+
+    def flag(self, key: str) -> bool:
+        return bool(self.take(key, "true or false", bool))
+
+    def whole(self, key: str, low: int, high: int) -> int | None:
+        expected = f"a whole number from {low} to {high}"
+        value = self.take(key, expected, int)
+        if value is not None and not low <= value <= high:
+            self.wrong(key, expected)
+        return int(value) if value is not None else None
+
+    def one_of(self, key: str, choices: tuple[str, ...]) -> str | None:
+        expected = f"one of {', '.join(choices)}"
+        value = self.take(key, expected, str)
+        if value is not None and value not in choices:
+            self.wrong(key, expected)
+        return str(value) if value is not None else None
+
+    def duration(self, key: str, low_s: float, high_s: float, *, bare: str) -> float | None:
+        """Seconds. bare: unit of a number without one."""
+        expected = f'a duration from {low_s:g} s to {high_s:g} s, such as "10s" or "1m" (a bare number is in {bare})'
+        value = self.take(key, expected, str, int, float)
+        if value is None:
+            return None
+        seconds = _seconds(str(value), bare)
+        if seconds is None or not low_s <= seconds <= high_s:
+            self.wrong(key, expected)
+        return seconds
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self.take(key, "a list of texts", list) or []
+        if not all(isinstance(value, str) for value in values):
+            self.wrong(key, "a list of texts")
+        return tuple(values)
+
+    def pairs(self, key: str) -> dict[str, str]:
+        """A table of texts. Numbers and booleans become texts, as TOML writes them."""
+        pairs = {}
+        inner = self.table(key)
+        for name in inner.keys if inner else ():
+            assert inner is not None
+            value = inner.take(name, "a text, a number or true or false", str, int, float, bool)
+            if isinstance(value, str) and "\0" in value:
+                inner.wrong(name, "a text without a zero byte")
+            pairs[name] = str(value).lower() if isinstance(value, bool) else str(value)
+        return pairs
+
+    def table(self, key: str) -> _Table | None:
+        values = self.take(key, f"a table, [{spell((*self._path, key))}]", dict)
+        return None if values is None else _Table(self._source, (*self._path, key), values)
+
+    def tables(self, key: str) -> list[_Table]:
+        """An array of tables; a single one, as older files of fly have it, counts as well."""
+        expected = f"tables, [[{spell((*self._path, key))}]]"
+        values = self.take(key, expected, dict, list)
+        if isinstance(values, dict):
+            return [_Table(self._source, (*self._path, key), values)]
+        if not all(isinstance(value, dict) for value in values or ()):
+            self.wrong(key, expected)
+        return [_Table(self._source, (*self._path, key, n), value) for n, value in enumerate(values or ())]
+
+    def unserved(self, *keys: str) -> None:
+        """Keys of fly that have no effect here yet."""
+        self._known.update(keys)
+        for key in keys:
+            if key in self._values:
+                self.warn(key, "is not served yet: it has no effect")
+
+    def close(self) -> None:
+        for key in self._values:
+            if key not in self._known:
+                near = difflib.get_close_matches(key, sorted(self._known), 1)
+                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(self._known))}"
+                self.fail(key, f"there is no such key; {hint}")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    shown = repr(value) if not isinstance(value, str) else f'"{value}"'
+    return shown if len(shown) <= 60 else f"{shown[:57]}…"
+
+
+def _seconds(text: str, bare: str) -> float | None:
+    stripped = text.strip()
+    if re.fullmatch(r"\d+(?:\.\d+)?", stripped):
+        stripped += bare
+    if not re.fullmatch(f"(?:{_DURATION.pattern})+", stripped):
+        return None
+    seconds = math.fsum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(stripped))
+    return round(seconds, 3)
+
+
+# -- the keys ----------------------------------------------------------------------------------------------------------
+
+
+def _manifest(root: _Table) -> Manifest:
+    http = _http_service(root.table("http_service"))
+    manifest = Manifest(
+        app=_app(root),
+        primary_region=root.text("primary_region"),
+        kill_signal=root.one_of("kill_signal", SIGNALS) or "SIGINT",
+        kill_timeout_s=_or(root.duration("kill_timeout", 0, 300, bare="s"), 5.0),
+        build=_build(root.table("build")),
+        env=_env(root),
+        http_service=http,
+        mounts=_mounts(root.tables("mounts")),
+        checks=_named_checks(root.table("checks"), http.internal_port if http else None),
+        deploy=_deploy(root.table("deploy")),
+    )
+    root.unserved("processes", "services", "vm", "restart", "metrics", "statics", "files", "experimental")
+    root.unserved("swap_size_mb", "console_command", "machine_checks", "host_dedication_id", "paas")
+    root.close()
+    return manifest
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _app(root: _Table) -> str | None:
+    name = root.text("app")
+    if name is not None:
+        try:
+            check_name(name)
+        except BadName as error:
+            root.fail("app", str(error))
+    return name
+
+
+def _build(table: _Table | None) -> Build:
+    if table is None:
+        return Build()
+    build = Build(
+        dockerfile=_inside(table, "dockerfile"),
+        image=table.text("image"),
+        target=table.text("build-target"),
+        args=table.pairs("args"),
+        ignorefile=_inside(table, "ignorefile"),
+    )
+    if build.image and build.dockerfile:
+        table.fail("image", "expected either image or dockerfile, found both; remove one")
+    table.unserved("builder", "buildpacks", "builtin", "settings", "compose", "compression", "compression_level")
+    table.close()
+    return build
+
+
+def _inside(table: _Table, key: str) -> str | None:
+    """A path relative to the source directory, that stays in it: only that directory travels to the server."""
+    path = table.text(key)
+    if path is not None and (path.startswith("/") or ".." in path.split("/")):
+        table.wrong(key, "a path inside the source directory, relative to it")
+    return path
+
+
+def _env(root: _Table) -> dict[str, str]:
+    table, env = root.table("env"), root.pairs("env")
+    for name in env:
+        assert table is not None
+        if not _ENV_NAME.fullmatch(name):
+            table.fail(name, "a variable's name has letters, digits and underscores, and does not begin with a digit")
+        if name.upper().startswith(("FLY_", "MINIPAAS_")):
+            table.fail(name, "names that begin with FLY_ or MINIPAAS_ are set by the platform; choose another name")
+    return env
+
+
+def _http_service(table: _Table | None) -> HttpService | None:
+    if table is None:
+        return None
+    port = table.whole("internal_port", 1, 65535) or 8080
+    checks = enumerate(table.tables("checks"))
+    service = HttpService(
+        internal_port=port,
+        force_https=table.flag("force_https"),
+        min_machines_running=table.whole("min_machines_running", 0, 100) or 0,
+        processes=table.texts("processes"),
+        checks=tuple(_check(check, f"http-{number}", "http", port) for number, check in checks),
+    )
+    if service.force_https:
+        table.warn("force_https", "is not served yet: apps are reached over plain HTTP")
+    table.unserved("auto_stop_machines", "auto_start_machines", "concurrency", "http_options", "tls_options")
+    table.unserved("machine_checks")
+    table.close()
+    return service
+
+
+def _named_checks(table: _Table | None, default_port: int | None) -> tuple[Check, ...]:
+    checks = []
+    for name in table.keys if table else ():
+        assert table is not None
+        check = table.table(name)
+        assert check is not None
+        kind = check.one_of("type", ("tcp", "http"))
+        if kind is None:
+            check.fail("", "expected the key type, tcp or http; it is missing")
+        port = check.whole("port", 1, 65535) or default_port
+        if port is None:
+            check.fail("", "expected the key port; it is missing and there is no http_service to take it from")
+        check.unserved("processes")
+        checks.append(_check(check, name, kind, port))
+    return tuple(checks)
+
+
+def _check(table: _Table, name: str, kind: str, port: int) -> Check:
+    check = Check(
+        name=name,
+        type=kind,
+        port=port,
+        interval_s=_or(table.duration("interval", 1, 3600, bare="ms"), 15.0),
+        timeout_s=_or(table.duration("timeout", 0.1, 60, bare="ms"), 10.0),
+        grace_period_s=_or(table.duration("grace_period", 0, 3600, bare="ms"), 0.0),
+    )
+    if kind == "http":
+        check = _http_part(table, check)
+    table.unserved("protocol", "tls_skip_verify", "tls_server_name")
+    table.close()
+    return check
+
+
+def _http_part(table: _Table, check: Check) -> Check:
+    method = table.text("method") or "GET"
+    if method.upper() not in _METHODS:
+        table.wrong("method", f"one of {', '.join(_METHODS)}")
+    path = table.text("path") or "/"
+    if not re.fullmatch(r"/[\x21-\x7e]*", path):
+        table.wrong("path", "a path that begins with / and has no spaces")
+    headers = table.pairs("headers")
+    for name, value in headers.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
+            table.fail("headers", f"{name} is not a header that HTTP can carry")
+    return msgspec.structs.replace(check, method=method.upper(), path=path, headers=headers)
+
+
+def _mounts(tables: list[_Table]) -> tuple[Mount, ...]:
+    mounts: list[Mount] = []
+    for table in tables:
+        mount = _mount(table)
+        for key in ("source", "destination"):
+            if any(getattr(mount, key) == getattr(other, key) for other in mounts):
+                table.fail(key, f"{getattr(mount, key)} is mounted twice; each mount needs its own {key}")
+        mounts.append(mount)
+    return tuple(mounts)
+
+
+def _mount(table: _Table) -> Mount:
+    source, destination = table.text("source"), table.text("destination")
+    if source is None or destination is None:
+        table.fail("", f"expected the keys source and destination; {'destination' if source else 'source'} is missing")
+    if not _VOLUME_NAME.fullmatch(source):
+        table.wrong("source", "a volume's name, at most 30 lower-case letters, digits and underscores")
+    parts = destination.split("/")
+    if parts[0] or ".." in parts or "." in parts or ":" in destination or destination.strip("/") == "":
+        table.wrong("destination", "an absolute path in the container other than /")
+    size_mb = _size_mb(table)
+    mount = Mount(
+        source=source,
+        destination="/" + "/".join(part for part in parts if part),
+        initial_size_mb=size_mb,
+        processes=table.texts("processes"),
+    )
+    table.unserved("snapshot_retention", "scheduled_snapshots")
+    table.unserved("auto_extend_size_threshold", "auto_extend_size_increment", "auto_extend_size_limit")
+    table.close()
+    return mount
+
+
+def _size_mb(table: _Table) -> int | None:
+    expected = 'a size such as "10gb" (a bare number is in GB)'
+    value = table.take("initial_size", expected, str, int)
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or int(match[1]) == 0 or len(match[1]) > 9:
+        table.wrong("initial_size", expected)
+    table.warn("initial_size", "is noted but not enforced: a volume may use what the disk has")
+    return int(match[1]) if match[3] else int(match[1]) * 1024
+
+
+def _deploy(table: _Table | None) -> Deploy:
+    if table is None:
+        return Deploy()
+    deploy = Deploy(wait_timeout_s=_or(table.duration("wait_timeout", 1, 86400, bare="s"), 300.0))
+    table.unserved("strategy", "max_unavailable", "release_command", "release_command_timeout", "release_command_vm")
+    table.unserved("seed_command")
+    table.close()
+    return deploy
