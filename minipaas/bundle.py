@@ -22,6 +22,7 @@ from minipaas.engine import Images
 from minipaas.engine.archive import (
     TAR_END,
     ImageTar,
+    check_room,
     config_name,
     docker_manifest,
     inflated,
@@ -88,6 +89,11 @@ def push(images: Images, reference: str, store: ObjectStore, *, scratch: Path) -
             layers = tuple(_push_layer(image, index, store, scratch) for index in range(len(image.diff_ids)))
             _ensure(store, _blob_key(image.image_id, "json"), lambda: image.config)
             manifest = StoredImage(VERSION, image.image_id, layers, image.architecture)
+    return write_manifest(store, manifest)
+
+
+def write_manifest(store: ObjectStore, manifest: StoredImage) -> str:
+    """Store a manifest, whose blobs must be there; its digest."""
     data = msgspec.json.encode(manifest)
     _ensure(store, manifest_key(_digest(data)), lambda: data)
     return _digest(data)
@@ -139,6 +145,7 @@ def pull(store: ObjectStore, digest: str, images: Images, tag: str, *, scratch: 
     """
     manifest, config = _read_manifest(store, digest)
     scratch.mkdir(parents=True, exist_ok=True)
+    check_room(scratch, sum(layer.size for layer in manifest.layers), f"image {digest[:19]}…")
     with tempfile.NamedTemporaryFile(dir=scratch, prefix="pull-", suffix=".tar") as archive:
         _assemble(store, manifest, config, tag, archive)
         return images.load(Path(archive.name), tag=tag)

@@ -25,7 +25,7 @@ from typing import IO, Protocol, TypeVar
 import msgspec
 import zstandard
 
-from minipaas.errors import ImageRefused
+from minipaas.errors import EngineError, ImageRefused
 
 _T = TypeVar("_T")
 
@@ -416,13 +416,18 @@ def _plain_tar(path: Path, scratch: Path, name: str) -> Iterator[Path]:
             yield Path(plain.name)
 
 
+def check_room(folder: Path, size_bytes: int, what: str) -> None:
+    """Raises EngineError when a file of this size would leave too little room for everything else."""
+    if shutil.disk_usage(folder).free < size_bytes + KEEP_FREE:
+        raise EngineError(f"no room for {what} in {folder}: free {(size_bytes + KEEP_FREE) >> 20} MB and try again")
+
+
 def spool(chunks: Iterator[bytes], into: IO[bytes], folder: Path, what: str) -> None:
-    """Write a stream to a file in ``folder``, stopping before the disk is full. Raises ImageRefused."""
+    """Write a stream to a file in ``folder``, stopping before the disk is full. Raises EngineError."""
     unchecked = KEEP_FREE
     for chunk in chunks:
         if unchecked >= KEEP_FREE // 4:
-            if shutil.disk_usage(folder).free < KEEP_FREE:
-                raise ImageRefused(f"no room for {what} in {folder}: free some space and try again")
+            check_room(folder, 0, what)
             unchecked = 0
         into.write(chunk)
         unchecked += len(chunk)

@@ -6,7 +6,6 @@ Owns the order of the search. Never starts Docker, nor a Podman service other th
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def connect(*, data_dir: Path, run_dir: Path, node: str, engine_url: str | None 
         raise EngineMissing(
             f"MINIPAAS_ENGINE is docker, but nothing answers at {DOCKER_SOCKET}: start Docker or unset it"
         )
-    if not shutil.which("podman"):
+    if not own.is_installed:
         raise EngineMissing(_INSTALL)
     own.start()
     return DockerEngine(own.url, node=node, scratch=scratch, revive=own.start)

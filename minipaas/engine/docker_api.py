@@ -52,6 +52,8 @@ CALL_S = 60
 # Between two signs of life of a build, a pull, a load or a save; a compiler may be silent for long.
 SILENCE_S = 900
 MAX_OUTPUT = 1 << 20
+# How often what lost a race inside the engine is tried again.
+RACES = 8
 # What engines give a container where the host allows it, and what is too little for any server.
 MAX_ULIMIT, MIN_ULIMIT = 1 << 20, 256
 _LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
@@ -89,6 +91,14 @@ class Connection:
             yield response
         finally:
             response.close()
+
+    def libpod(self, method: str, path: str, **arguments: Any) -> Any:
+        """The answer of a call of Podman's own API. Raises docker.errors.APIError, so that it is translated like the others."""
+        url = f"{self.api.base_url}/v4.0.0/libpod{path}"
+        response = self.api.request(method, url, timeout=CALL_S, **arguments)
+        if response.status_code >= 400:
+            raise docker.errors.APIError(_message_of(response), response=response, explanation=_message_of(response))
+        return json.loads(response.content)
 
     def messages(self, response: Any) -> Iterator[dict[str, Any]]:
         """The JSON objects of a progress stream."""
@@ -129,6 +139,11 @@ def translated(doing: str) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise EngineError(f"cannot {doing}: the container engine's answer makes no sense ({error})") from error
+
+
+def _is_gone(error: docker.errors.APIError) -> bool:
+    """Podman answers 500 when a container is removed while it looks at it."""
+    return error.status_code == 404 or "no such container" in _one_line(error).lower()
 
 
 def _one_line(error: Exception) -> str:
@@ -180,16 +195,25 @@ def host_ulimits() -> tuple[tuple[str, int], ...]:
 
 
 class DockerContainers:
-    """The protocol Containers. revive: brings the engine back when it went away; None when it is not ours to start."""
+    """The protocol Containers. revive: brings the engine back when it went away; None when it is not ours to start.
 
-    def __init__(self, connection: Connection, node: str, revive: Callable[[], None] | None) -> None:
+    abilities: what to try first on this engine and host.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        node: str,
+        revive: Callable[[], None] | None,
+        abilities: Abilities | None = None,
+    ) -> None:
         self._connection, self._node, self._revive = connection, node, revive
         self._api = connection.api
-        self._abilities = Abilities()
+        self._abilities = abilities or Abilities()
         self._details: dict[tuple[str, str, str], Container] = {}
 
     def list(self) -> Sequence[Container]:
-        """One call; and one more for each container whose state or address is new since the last."""
+        """One call; and one more for each container whose state is new since the last."""
         try:
             return self._list()
         except EngineUnavailable:
@@ -200,16 +224,28 @@ class DockerContainers:
 
     def _list(self) -> Sequence[Container]:
         with translated("list the containers"):
-            rows = self._api.containers(all=True, filters={"label": [f"{NODE_LABEL}={self._node}"]})
             known = {}
-            for row in rows:
-                seen = _of_row(row)
-                key = (seen.id, seen.state, seen.address)
+            for seen, since in self._rows():
+                key = (seen.id, seen.state, since)
                 detailed = self._details.get(key) or self._detailed(seen)
                 if detailed is not None:
                     known[key] = detailed
             self._details = known
             return tuple(known.values())
+
+    def _rows(self) -> Iterator[tuple[Container, str]]:
+        """What there is, without details, each with something that differs when it was started anew.
+
+        Podman is asked through its own API, as its copy of Docker's fails as a whole when a container is removed meanwhile.
+        """
+        label = f"{NODE_LABEL}={self._node}"
+        if not self._connection.is_podman:
+            for row in self._api.containers(all=True, filters={"label": [label]}):
+                yield _of_row(row, row["Names"][0]), _address((row.get("NetworkSettings") or {}).get("Networks") or {})
+            return
+        ask = {"all": "true", "filters": json.dumps({"label": [label]})}
+        for row in self._connection.libpod("GET", "/containers/json", params=ask):
+            yield _of_row(row, row["Names"][0]), str(row.get("StartedAt"))
 
     def _detailed(self, seen: Container) -> Container | None:
         """None when it went between the two calls."""
@@ -217,25 +253,28 @@ class DockerContainers:
             return seen
         try:
             return _of_inspection(self._api.inspect_container(seen.id))
-        except docker.errors.NotFound:
+        except docker.errors.APIError as error:
+            if not _is_gone(error):
+                raise
             return None
 
     def run(self, spec: ContainerSpec) -> Container:
         self._make_room(spec.name)
         ensure_network(self._connection, self._node)
         while True:
+            tried = self._abilities
             try:
                 with translated(f"start {spec.name} from {spec.image}"):
-                    return self._create_and_start(spec)
+                    return self._create_and_start(spec, tried)
             except (ImageMissing, EngineUnavailable):
                 raise
             except EngineError as error:
-                less = self._abilities.without(str(error))
+                less = tried.without(str(error))
                 if less is None:
                     raise
                 self._abilities = less
 
-    def _create_and_start(self, spec: ContainerSpec) -> Container:
+    def _create_and_start(self, spec: ContainerSpec, abilities: Abilities) -> Container:
         created = self._api.create_container(
             spec.image,
             _list_or_none(spec.command),
@@ -244,7 +283,7 @@ class DockerContainers:
             labels={**spec.labels, NODE_LABEL: self._node},
             stop_signal=spec.stop_signal,
             stop_timeout=spec.stop_timeout_s,
-            host_config=self._host_config(spec),
+            host_config=self._host_config(spec, abilities),
             networking_config=self._api.create_networking_config({NETWORK: self._api.create_endpoint_config()}),
         )
         try:
@@ -254,21 +293,22 @@ class DockerContainers:
             self._discard(created["Id"])
             raise
 
-    def _host_config(self, spec: ContainerSpec) -> Any:
-        binds = {
-            str(each.source): {"bind": each.target, "mode": "ro" if each.read_only else "rw"} for each in spec.mounts
-        }
+    def _host_config(self, spec: ContainerSpec, abilities: Abilities) -> Any:
+        mounts = [
+            docker.types.Mount(each.target, str(each.source), type="bind", read_only=each.read_only)
+            for each in spec.mounts
+        ]
         log_config = None
         if not self._connection.is_podman:
             log_config = docker.types.LogConfig(type="json-file", config=_LOG_OPTIONS)
-        ulimits = [docker.types.Ulimit(name=name, soft=value, hard=value) for name, value in self._abilities.ulimits]
+        ulimits = [docker.types.Ulimit(name=name, soft=value, hard=value) for name, value in abilities.ulimits]
         return self._api.create_host_config(
             network_mode=NETWORK,
-            binds=binds,
+            mounts=mounts,
             mem_limit=None if spec.memory_mb is None else spec.memory_mb << 20,
             nano_cpus=None if spec.cpus is None else round(spec.cpus * 1_000_000_000),
             log_config=log_config,
-            init=True if self._abilities.init else None,
+            init=True if abilities.init else None,
             ulimits=ulimits or None,
         )
 
@@ -291,17 +331,25 @@ class DockerContainers:
                 self._discard(name)
 
     def _discard(self, key: str) -> None:
-        try:
-            self._api.remove_container(key, force=True, v=True)
-        except docker.errors.NotFound:
-            pass
+        """A container whose engine was killed at work on it may need a second try: the first cleans up its mounts."""
+        for left in reversed(range(RACES)):
+            try:
+                self._api.remove_container(key, force=True, v=True)
+                return
+            except docker.errors.APIError as error:
+                if _is_gone(error):
+                    return
+                if not left:
+                    raise
 
     def _own(self, name: str) -> Mapping[str, Any] | None:
         """The inspection of a container of this node; None when there is none. Raises EngineError when it is another's."""
         with translated(f"look at container {name}"):
             try:
                 found: Mapping[str, Any] = self._api.inspect_container(name)
-            except docker.errors.NotFound:
+            except docker.errors.APIError as error:
+                if not _is_gone(error):
+                    raise
                 return None
         if (found["Config"].get("Labels") or {}).get(NODE_LABEL) != self._node:
             raise EngineError(f"container {name} was not made by this node; rename or remove it yourself")
@@ -315,8 +363,9 @@ class DockerContainers:
         with translated(f"stop {name}"):
             try:
                 self._api.stop(found["Id"], timeout=patience)
-            except docker.errors.NotFound:
-                pass
+            except docker.errors.APIError as error:
+                if not _is_gone(error):
+                    raise
 
     def remove(self, name: str) -> None:
         found = self._own(name)
@@ -332,7 +381,7 @@ class DockerContainers:
         try:
             self._api.kill(key, "SIGKILL")
         except docker.errors.APIError as error:
-            if error.status_code not in (404, 409):
+            if error.status_code != 409 and not _is_gone(error):
                 raise
 
     def logs(self, name: str, *, tail: int | None = None, follow: bool = False) -> Iterator[LogLine]:
@@ -407,17 +456,14 @@ def _state(text: str) -> str:
     return "created" if text in _NOT_STARTED else _STATES.get(text, "exited")
 
 
-def _of_row(row: Mapping[str, Any]) -> Container:
-    """A row of GET /containers/json; it has neither exit code nor start time."""
-    state = _state(row["State"].lower())
-    networks = (row.get("NetworkSettings") or {}).get("Networks") or {}
+def _of_row(row: Mapping[str, Any], name: str) -> Container:
+    """A row of either list: neither address nor, with Docker, exit code and start time."""
     return Container(
         id=row["Id"],
-        name=row["Names"][0].lstrip("/"),
+        name=name.lstrip("/"),
         image=row["Image"],
         labels=row.get("Labels") or {},
-        state=state,
-        address=_address(networks) if state == "running" else "",
+        state=_state(row["State"].lower()),
     )
 
 
@@ -494,10 +540,7 @@ def _create_network(connection: Connection, node: str, subnet: IPv4Network) -> N
         "dns_enabled": False,
         "labels": labels,
     }
-    url = f"{connection.api.base_url}/v4.0.0/libpod/networks/create"
-    response = connection.api.post(url, json=body, timeout=CALL_S)
-    if response.status_code >= 400:
-        raise docker.errors.APIError(_message_of(response), response=response, explanation=_message_of(response))
+    connection.libpod("POST", "/networks/create", json=body)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -534,7 +577,6 @@ class DockerImages:
         on_line: Callable[[str], None],
     ) -> str:
         check_containerfile(context, containerfile)
-        ensure_network(self._connection, self._node)
         ask = {
             "t": tag,
             "dockerfile": containerfile,

@@ -7,6 +7,7 @@ is its own session, so that it and the containers outlive minipaas, and is adopt
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -61,6 +62,8 @@ def containers_conf(host: Host) -> str:
     lines += [f'init_path = "{host.init}"'] if host.init else []
     lines += ["[engine]", f'runtime = "{choose_runtime(host.cgroups, host.runtimes)}"', 'events_logger = "file"']
     lines += [f'cgroup_manager = "{"systemd" if host.has_systemd else "cgroupfs"}"']
+    # The process that watches an exec stays for this long after its end, 300 s by default.
+    lines += ["exit_command_delay = 10"]
     # The default, shared memory, is one area for all Podmans of the host, and outlives a data directory.
     lines += ['lock_type = "file"', "[network]"]
     lines += [f'network_backend = "{host.network_backend}"'] if host.network_backend else []
@@ -113,6 +116,10 @@ class PodmanService:
     def has_storage(self) -> bool:
         """Whether this node has run containers here before."""
         return (self._home / "storage").is_dir()
+
+    @property
+    def is_installed(self) -> bool:
+        return bool(_program("podman"))
 
     def answers(self) -> bool:
         return answers(self.socket)
@@ -233,15 +240,51 @@ class PodmanService:
 
     def wipe(self) -> None:
         """Kill and delete everything: containers, network, service, images, files. For uninstalling and for tests."""
-        program = _program("podman")
-        if program and self.has_storage and self._conf.exists():
-            for command in (["rm", "--all", "--force", "--time=0"], ["network", "rm", "--force", NETWORK]):
-                arguments = [program, *self._flags(), *command]
-                subprocess.run(arguments, env=self._environment(), capture_output=True, timeout=120, check=False)
+        usable = self.is_installed and self.has_storage and self._conf.exists()
+        if usable:
+            self._run_podman("rm", "--all", "--force", "--time=0")
+        for bridge in self._bridges():
+            remove_bridge(bridge)
+        if usable:
+            self._run_podman("network", "rm", "--force", NETWORK)
         self.stop()
+        for pid in _monitors(self._home):
+            os.kill(pid, signal.SIGKILL)
         for folder in (self._home, self._run):
             unmount_below(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _bridges(self) -> list[str]:
+        """Interfaces of our networks; Podman leaves one when a container in it was not taken down in order."""
+        names = []
+        for path in (self._home / "networks").glob("*.json"):
+            try:
+                names.append(str(json.loads(path.read_text())["network_interface"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return names
+
+    def _run_podman(self, *arguments: str) -> None:
+        """Best effort: what it leaves, the caller takes down by other means."""
+        command = [_program("podman"), *self._flags(), *arguments]
+        try:
+            subprocess.run(command, env=self._environment(), capture_output=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def _monitors(home: Path) -> Iterator[int]:
+    """conmon processes below ``home``: one for each container, and for a while for each exec that has ended."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        prefix = os.fsencode(home) + b"/"
+        if arguments[0].endswith(b"conmon") and any(each.startswith(prefix) for each in arguments):
+            yield int(entry.name)
 
 
 def answers(path: Path, timeout_s: float = 2.0) -> bool:
@@ -294,6 +337,20 @@ def overlay_works(folder: Path) -> bool:
         return False
     finally:
         shutil.rmtree(probe, ignore_errors=True)
+
+
+def remove_bridge(name: str) -> None:
+    """Delete a bridge, and the network namespaces and interfaces in it; nothing when there is none."""
+    shown = _ip("-json", "link", "show", "master", name)
+    for link in json.loads(shown.stdout or b"[]") if shown.returncode == 0 else []:
+        if namespace := str(link.get("link_netns") or ""):
+            _ip("netns", "delete", namespace)
+        _ip("link", "delete", str(link.get("ifname")))
+    _ip("link", "delete", name)
+
+
+def _ip(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["ip", *arguments], capture_output=True, timeout=10, check=False)
 
 
 def unmount_below(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from minipaas.engine import Engine
 from minipaas.engine.docker_api import DockerEngine
 from minipaas.engine.fake import FakeEngine
 from minipaas.engine.podman_service import PodmanService
+from minipaas.engine.subnet import candidates
 
 BUSYBOX_TAG = "localhost/test/busybox:1"
 
@@ -49,7 +52,20 @@ def podman_engine(podman_service: PodmanService, busybox_tar: Path) -> Iterator[
     finally:
         engine.close()
         shutil.rmtree(scratch, ignore_errors=True)
-        subprocess.run(["ip", "link", "delete", f"mp-{node[:8]}"], capture_output=True, check=False)
+        remove_lost_namespaces(next(candidates(node, [])))
+
+
+def remove_lost_namespaces(subnet: IPv4Network) -> None:
+    """Podman killed in the middle of a start forgets the network namespace it had made; ours have an address in ``subnet``."""
+    for path in Path("/run/netns").glob("netns-*"):
+        shown = run_ip("-json", "-netns", path.name, "-4", "address", "show", "scope", "global")
+        addresses = [each["local"] for link in json.loads(shown or "[]") for each in link.get("addr_info", ())]
+        if any(IPv4Address(each) in subnet for each in addresses) and not run_ip("netns", "pids", path.name):
+            run_ip("netns", "delete", path.name)
+
+
+def run_ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 @pytest.fixture

@@ -16,7 +16,23 @@ from minipaas.engine.archive import machine_architecture
 
 Entry = tuple[str, bytes | str | None, bytes]
 BUSYBOX = Path("/bin/busybox")
-APPLETS = ("sh", "sleep", "cat", "echo", "head", "tail", "tr", "ls", "true", "false", "nc", "httpd", "kill", "yes", "id")
+APPLETS = (
+    "sh",
+    "sleep",
+    "cat",
+    "echo",
+    "head",
+    "tail",
+    "tr",
+    "ls",
+    "true",
+    "false",
+    "nc",
+    "httpd",
+    "kill",
+    "yes",
+    "id",
+)
 
 
 def sha256(data: bytes) -> str:
@@ -72,7 +88,11 @@ def nix_archive(layers: Sequence[bytes], tag: str = "nix:1") -> bytes:
     """As dockerTools.buildLayeredImage writes: <hash>/layer.tar, gzip around the whole."""
     config = config_of(layers)
     manifest = [
-        {"Config": f"{sha256(config)}.json", "RepoTags": [tag], "Layers": [f"{sha256(each)}/layer.tar" for each in layers]}
+        {
+            "Config": f"{sha256(config)}.json",
+            "RepoTags": [tag],
+            "Layers": [f"{sha256(each)}/layer.tar" for each in layers],
+        }
     ]
     files = {f"./{sha256(each)}/layer.tar": each for each in layers}
     whole = tar_of({**files, f"{sha256(config)}.json": config, "manifest.json": json.dumps(manifest).encode()})
@@ -85,7 +105,9 @@ def oci_archive(layers: Sequence[bytes], packing: str = "gzip", architecture: st
     stored = [pack(each) for each in layers]
     suffix = f"+{packing}" if packing else ""
     config = config_of(layers, architecture)
-    described = [{"mediaType": f"application/vnd.oci.image.layer.v1.tar{suffix}", **descriptor(each)} for each in stored]
+    described = [
+        {"mediaType": f"application/vnd.oci.image.layer.v1.tar{suffix}", **descriptor(each)} for each in stored
+    ]
     manifest = json.dumps({"schemaVersion": 2, "config": descriptor(config), "layers": described}).encode()
     platform = {"architecture": architecture or machine_architecture(), "os": "linux"}
     attestation = b'{"schemaVersion": 2}'

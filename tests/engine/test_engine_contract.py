@@ -99,7 +99,9 @@ def test_exec_in_a_stopped_container_is_an_error(engine: Engine, busybox: str) -
         engine.containers.exec("contract-1", ["/bin/true"], timeout_s=5)
 
 
-def test_an_image_saved_and_loaded_keeps_its_id(engine: Engine, busybox: str, busybox_tar: Path, tmp_path: Path) -> None:
+def test_an_image_saved_and_loaded_keeps_its_id(
+    engine: Engine, busybox: str, busybox_tar: Path, tmp_path: Path
+) -> None:
     saved = tmp_path / "saved.tar"
     saved.write_bytes(b"".join(engine.images.save(busybox)))
     first = engine.images.load(busybox_tar, tag="localhost/test/one:1")
