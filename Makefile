@@ -30,7 +30,7 @@ test: ## install what is missing, then run all tests on real parts (root, Debian
 check: $(STAMP) ## the fast part: format, lint, types and the tests that need no real parts
 	@$(PYTHON) -m ruff format --check $(SOURCES)
 	@$(PYTHON) -m ruff check $(SOURCES)
-	@$(PYTHON) -m mypy
+	@$(PYTHON) -m mypy -p replicator -p minipaas -p demo
 	@$(PYTHON) -m pytest -m "not real and not slow" -q
 
 format: $(STAMP) ## format the code, and mend what the linter can mend

@@ -10,6 +10,7 @@ from demo.lab import LabError
 from demo.screen import Screen
 from demo.seaweed import SeaweedError
 from demo.story import StoryError, summary_rows, tell, verdict
+from images.make_base import BaseImageFailed
 
 INTERRUPTED = 130
 
@@ -25,7 +26,7 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         summary = tell(screen)
-    except (StoryError, LabError, SeaweedError) as error:
+    except (StoryError, LabError, SeaweedError, BaseImageFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from demo.host import Host
+from images.make_base import TAG as BASE_TAG
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GUESTBOOK = REPOSITORY / "images" / "guestbook"
@@ -18,7 +19,6 @@ APP = "guestbook"
 HOSTNAME = f"{APP}.{DOMAIN}"
 HTTP_PORT = 80
 API_PORT = 7070
-BASE_TAG = "localhost/minipaas/debian-python:bookworm"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Bucket:
         return {"MINIPAAS_ACCESS_KEY": self.access_key, "MINIPAAS_SECRET_KEY": self.secret_key}
 
 
-def environment(bucket: Bucket | None = None, token: str = "") -> dict[str, str]:
+def environment(bucket: Bucket | None = None) -> dict[str, str]:
     """What every command of ours gets. PYTHONPATH: the demo runs from a clone that need not be installed."""
     folder = str(Path(sys.executable).parent)
     base = {
@@ -51,18 +51,16 @@ def environment(bucket: Bucket | None = None, token: str = "") -> dict[str, str]
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
     }
-    if token:
-        base |= {"MINIPAAS_TOKEN": token, "MINIPAAS_API": f"http://127.0.0.1:{API_PORT}"}
     return base | (bucket.environment if bucket else {})
 
 
 def minipaas(*arguments: str) -> list[str]:
     script = Path(sys.executable).with_name("minipaas")
-    return [*([str(script)] if script.exists() else [sys.executable, "-m", "minipaas.cli"]), *arguments]
+    return [*([str(script)] if script.exists() else [sys.executable, "-m", "minipaas"]), *arguments]
 
 
 def setup(host: Host, bucket: Bucket) -> list[str]:
-    """Prints the recovery key and the token as JSON."""
+    """Prints the recovery key, among others, as JSON."""
     return minipaas(
         "setup", "--data", Host.DATA, "--run", Host.RUN, "--bucket", bucket.url, "--name", host.name,
         "--region", host.region, "--domain", DOMAIN, "--http", f"0.0.0.0:{HTTP_PORT}", "--api", f"127.0.0.1:{API_PORT}", "--json",
@@ -74,7 +72,8 @@ def serve() -> list[str]:
 
 
 def load_image(archive: Path) -> list[str]:
-    return minipaas("images", "load", str(archive), "--tag", BASE_TAG, "--data", Host.DATA)
+    """Into the engine of the node, as a pull would do it: the archive carries the name BASE_TAG."""
+    return ["podman", "--remote", "--url", f"unix://{Host.RUN}/podman.sock", "load", "--input", str(archive)]
 
 
 def deploy() -> list[str]:

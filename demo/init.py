@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def reap_for_ever() -> None:
 
 
 def main(disk: str, lab_root: str, hostname: str) -> None:
-    subprocess.run(["hostname", hostname], check=True, stdin=subprocess.DEVNULL)
+    socket.sethostname(hostname)
     furnish(Path(disk), Path(lab_root))
     os.chdir("/")
     os.write(1, READY)

@@ -28,7 +28,7 @@ LAB_ROOT = Path("/var/lib/minipaas-demo")
 """Labs outside; inside of a host its own disk is mounted here."""
 
 BRIDGE_PREFIX = "mpd"
-RANGES: tuple[ipaddress.IPv4Network, ...] = tuple(ipaddress.IPv4Network("10.213.0.0/16").subnets(new_prefix=24))
+RANGES: tuple[ipaddress.IPv4Network, ...] = tuple(ipaddress.IPv4Network("10.223.0.0/16").subnets(new_prefix=24))
 PREFIX_BITS = 24
 NAMESPACES = ("pid", "mnt", "net", "uts", "ipc")
 GONE_WITHIN_S = 20.0

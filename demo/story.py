@@ -6,10 +6,13 @@ a test as well as by ``make demo``.
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
+import os
 import secrets
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +23,14 @@ from pathlib import Path
 
 from demo import commands
 from demo.commands import HOSTNAME, HTTP_PORT, Bucket
-from demo.host import Host, Process
+from demo.host import Host
 from demo.lab import Lab, check_allowed, wait_until
 from demo.screen import Screen, Step
 from demo.seaweed import SeaweedServer
 from demo.verdict import Recovery, Row, Summary, judge
 from demo.writer import Ledger, Writer, get_json
+from images.make_base import make_base
+from minipaas.access import token_path
 
 CACHE = commands.REPOSITORY / ".cache"
 POLL_S = 0.05
@@ -34,20 +39,13 @@ PAGE = 1000
 READY_WITHIN_S = 60.0
 DEPLOY_WITHIN_S = 300.0
 ANSWER_WITHIN_S = 120.0
+QUESTION_S = 30.0
 AFTER_POWER_OFF_S = 0.5
 """How long the writer goes on after the power went."""
 
 
 class StoryError(Exception):
     """The story cannot go on; the message says at which step, why, and where the log is, on one line."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What the owner keeps: shown once, by setup."""
-
-    recovery_key: str
-    token: str
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,13 @@ class Loss:
 
 def last_line(log: Path, otherwise: str = "it said nothing") -> str:
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else otherwise
+    return lines[-1].lstrip("-> ") if lines else otherwise
 
 
 def answers(host: Host) -> bool:
     """Whether guestbook gives a good answer on this host now."""
     try:
-        return isinstance(get_json(host.address, HTTP_PORT, HOSTNAME, "/entries?after=0&limit=1", 2.0), list | dict)
+        return isinstance(get_json(host.address, HTTP_PORT, HOSTNAME, "/entries?after=0&limit=1", 2.0), dict)
     except (OSError, http.client.HTTPException, ValueError):
         return False
 
@@ -94,14 +92,25 @@ def ask_api(host: Host, path: str, token: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def protection(host: Host, keys: Keys) -> str:
+def protection(host: Host) -> str:
     """How safe guestbook's database is, in the platform's words; '' when it cannot be asked now."""
     try:
-        status, body = ask_api(host, "/v1/databases", keys.token)
-        databases = json.loads(body) if status == 200 else []
-        return next((str(entry["words"]) for entry in databases if entry.get("app") == commands.APP), "")
-    except (OSError, http.client.HTTPException, ValueError):
+        status, body = ask_api(host, "/v1/status", token_path(host.disk / "data").read_text().strip())
+        databases = json.loads(body)["node"]["databases"] if status == 200 else []
+        return next((str(entry["words"]) for entry in databases if entry["app"] == commands.APP), "")
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
         return ""
+
+
+def ask(host: Host, path: str) -> dict[str, object]:
+    """The JSON that guestbook answers. Raises StoryError."""
+    try:
+        answer = get_json(host.address, HTTP_PORT, HOSTNAME, path, QUESTION_S)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise StoryError(f"guestbook on {host.name} does not answer {path}: {error}") from error
+    if not isinstance(answer, dict):
+        raise StoryError(f"guestbook on {host.name} answered {path} with something else than an object: {answer!r}")
+    return answer
 
 
 def read_rows(host: Host) -> list[Row]:
@@ -109,19 +118,31 @@ def read_rows(host: Host) -> list[Row]:
     rows: list[Row] = []
     while True:
         after = rows[-1].id if rows else 0
-        page = get_json(host.address, HTTP_PORT, HOSTNAME, f"/entries?after={after}&limit={PAGE}", 30.0)
-        entries = page["entries"] if isinstance(page, dict) else page
+        entries = ask(host, f"/entries?after={after}&limit={PAGE}").get("entries")
         if not isinstance(entries, list):
-            raise StoryError(f"guestbook on {host.name} answered something else than entries: {page!r}")
+            raise StoryError(f"guestbook on {host.name} answered something else than entries: {entries!r}")
         if not entries:
             return rows
-        rows += [Row(int(entry["id"]), str(entry["text"])) for entry in entries]
+        rows += [Row(int(entry["id"]), str(entry["message"])) for entry in entries]
 
 
 def read_integrity(host: Host) -> str:
     """What ``PRAGMA integrity_check`` says inside the app."""
-    answer = get_json(host.address, HTTP_PORT, HOSTNAME, "/check", 60.0)
-    return str(answer["integrity"]) if isinstance(answer, dict) else str(answer)
+    return str(ask(host, "/check").get("integrity"))
+
+
+def base_archive(step: Step) -> Path:
+    """The base image that guestbook is built on, as an archive; made once, then kept in the cache."""
+    archive = CACHE / "debian-python-bookworm.tar"
+    CACHE.mkdir(exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if archive.exists():
+            step.detail("from .cache")
+            return archive
+        for unfinished in CACHE.glob(".base-*"):
+            shutil.rmtree(unfinished)
+        return make_base(archive, on_line=lambda line: step.detail(line[:60]))
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -146,23 +167,25 @@ def bucket_on(lab: Lab, screen: Screen) -> Iterator[Bucket]:
             server.url("minipaas"), server.endpoint.removeprefix("http://"), server.access_key, server.secret_key
         )
     finally:
+        if server.pid is not None:
+            os.kill(server.pid, signal.SIGKILL)  # its data is thrown away: nothing needs the ten seconds of a clean end
         server.stop()
 
 
-def set_up(host: Host, bucket: Bucket) -> Keys:
+def set_up(host: Host, bucket: Bucket) -> str:
+    """The recovery key, which is shown this once."""
     done = host.run(commands.setup(host, bucket), env=commands.environment(bucket))
     try:
-        answer = json.loads(done.stdout)
-        return Keys(str(answer["recovery_key"]), str(answer["token"]))
+        return str(json.loads(done.stdout)["recovery_key"])
     except (ValueError, KeyError):
-        raise StoryError(f"minipaas setup on host {host.name} did not print its keys as JSON") from None
+        raise StoryError(f"minipaas setup on host {host.name} did not print its recovery key as JSON") from None
 
 
-def start_node(host: Host, bucket: Bucket, logs: Path) -> tuple[Keys, Process]:
-    """A new fleet with one node. Returns when its API answers."""
+def start_node(host: Host, bucket: Bucket, logs: Path) -> str:
+    """A new fleet with one node; its recovery key. Returns when the API answers."""
     log = logs / f"{host.name}-serve.log"
     check_way_to_bucket(host, bucket)
-    keys = set_up(host, bucket)
+    recovery_key = set_up(host, bucket)
     process = host.popen(commands.serve(), env=commands.environment(bucket), log=log)
 
     def settled() -> bool:
@@ -170,7 +193,7 @@ def start_node(host: Host, bucket: Bucket, logs: Path) -> tuple[Keys, Process]:
 
     if not wait_until(settled, READY_WITHIN_S, POLL_S) or process.poll() is not None:
         raise StoryError(f"minipaas serve on host {host.name} is not ready: {last_line(log)} (log: {log})")
-    return keys, process
+    return recovery_key
 
 
 def check_way_to_bucket(host: Host, bucket: Bucket) -> None:
@@ -184,10 +207,10 @@ def check_way_to_bucket(host: Host, bucket: Bucket) -> None:
         )
 
 
-def deploy_guestbook(host: Host, keys: Keys, base: Path, step: Step, logs: Path) -> None:
+def deploy_guestbook(host: Host, base: Path, step: Step, logs: Path) -> None:
     log = logs / f"{host.name}-deploy.log"
     for command in (commands.load_image(base), commands.deploy()):
-        process = host.popen(command, env=commands.environment(token=keys.token), log=log)
+        process = host.popen(command, env=commands.environment(), log=log)
         deadline = time.monotonic() + DEPLOY_WITHIN_S
         while process.poll() is None:
             step.detail(last_line(log, "")[:60])
@@ -199,11 +222,11 @@ def deploy_guestbook(host: Host, keys: Keys, base: Path, step: Step, logs: Path)
     step.detail(f"http://{HOSTNAME}")
 
 
-def write_for(writer: Writer, host: Host, keys: Keys, seconds: float, step: Step) -> None:
+def write_for(writer: Writer, host: Host, seconds: float, step: Step) -> None:
     """Let the load run, and show what is acknowledged and how far it is protected."""
     end_s = time.monotonic() + seconds
     while (now_s := time.monotonic()) < end_s:
-        words = protection(host, keys) if now_s > end_s - seconds + 1 else ""
+        words = protection(host) if now_s > end_s - seconds + 1 else ""
         step.detail(f"{writer.count} rows acknowledged" + (f" · {words}" if words else ""))
         time.sleep(min(0.25, max(0.0, end_s - time.monotonic())))
 
@@ -217,7 +240,7 @@ def pull_the_plug(host: Host, writer: Writer, step: Step) -> Loss:
     return Loss(ledger, power_off_s)
 
 
-def recover_on(host: Host, bucket: Bucket, keys: Keys, step: Step, logs: Path) -> tuple[float, float]:
+def recover_on(host: Host, bucket: Bucket, recovery_key: str, step: Step, logs: Path) -> tuple[float, float]:
     """Monotonic times of the command's start and of the first good answer."""
     log = logs / f"{host.name}-recover.log"
     check_way_to_bucket(host, bucket)
@@ -225,7 +248,7 @@ def recover_on(host: Host, bucket: Bucket, keys: Keys, step: Step, logs: Path) -
     process = host.popen(
         commands.recover(host, bucket),
         env=commands.environment(bucket),
-        stdin=f"{keys.recovery_key}\n".encode(),
+        stdin=f"{recovery_key}\n".encode(),
         log=log,
     )
     deadline = command_s + ANSWER_WITHIN_S
@@ -257,27 +280,27 @@ def tell(screen: Screen, *, writing_s: float = 20.0, rate: float = 50.0, logs: P
     with Lab() as lab, bucket_on(lab, screen) as bucket:
         with Host("a", region="ams", lab=lab) as a:
             with screen.step(f"Node a starts in ams, on {a.address}"):
-                keys, _ = start_node(a, bucket, logs)
+                recovery_key = start_node(a, bucket, logs)
             with screen.step("guestbook is built and deployed on a") as step:
-                deploy_guestbook(a, keys, base, step, logs)
-            loss = write_and_lose(a, keys, screen, writing_s, rate)
+                deploy_guestbook(a, base, step, logs)
+            loss = write_and_lose(a, screen, writing_s, rate)
         with Host("b", region="syd", lab=lab) as b:
             with screen.step("minipaas recover on b, an empty host in syd") as step:
-                command_s, first_answer_s = recover_on(b, bucket, keys, step, logs)
+                command_s, first_answer_s = recover_on(b, bucket, recovery_key, step, logs)
             with screen.step("guestbook on b is asked for all its rows") as step:
                 rows, integrity = read_rows(b), read_integrity(b)
                 step.detail(f"{len(rows)} rows")
     return judge(loss.ledger, Recovery(loss.power_off_s, command_s, first_answer_s, integrity, rows))
 
 
-def write_and_lose(host: Host, keys: Keys, screen: Screen, writing_s: float, rate: float) -> Loss:
+def write_and_lose(host: Host, screen: Screen, writing_s: float, rate: float) -> Loss:
     writer = Writer(host.address, HTTP_PORT, HOSTNAME, rate=rate)
     try:
         with screen.step(f"People write to it, {rate:.0f} rows a second") as step:
             if not wait_until(lambda: answers(host), ANSWER_WITHIN_S, POLL_S):
                 raise StoryError(f"guestbook does not answer on {host.address}:{HTTP_PORT} though its deploy succeeded")
             writer.start()
-            write_for(writer, host, keys, writing_s, step)
+            write_for(writer, host, writing_s, step)
         with screen.step(f"Host {host.name} loses power while they write") as step:
             return pull_the_plug(host, writer, step)
     finally:

@@ -34,8 +34,7 @@ from minipaas.engine.archive import (
     tar_padding,
 )
 from minipaas.errors import ImageRefused
-from replicator.errors import ObjectMissing, PreconditionFailed
-from replicator.store import ObjectInfo, ObjectStore
+from replicator import ObjectInfo, ObjectMissing, ObjectStore, PreconditionFailed
 
 VERSION = 1
 MAX_METADATA = 4 << 20

@@ -75,9 +75,15 @@ class TimedOut(PlatformError):
 
 
 class TooMuch(PlatformError):
-    """A limit was reached: an upload is too large, or too many clients follow."""
+    """What was sent is larger than the limit."""
 
     http_status = 413
+
+
+class TooManyClients(PlatformError):
+    """As many clients as there may be follow logs, events or deploys already."""
+
+    http_status = 429
 
 
 # -- this node ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,12 @@ class Facts:
         if changed:
             self.touch()
 
+    def put_container(self, container: Container) -> None:
+        """It has just been started; the next list says the same."""
+        with self._changed:
+            self._containers = {**self._containers, container.name: container}
+        self.touch()
+
     # -- health, by container id: a container that is started anew has another
 
     def set_healthy(self, machine: str, container: str) -> None:
@@ -94,13 +100,18 @@ class Facts:
         now = self._now()
         return frozenset(container for container, (_, until) in list(self._unhealthy.items()) if until > now)
 
-    def words(self, machine: str) -> str:
-        """Why the machine is not well, '' when nothing is known against it."""
-        return self._words.get(machine, "")
+    def words(self, thing: str) -> str:
+        """Why a machine is not well, or how far a volume is; '' when there is nothing to say."""
+        return self._words.get(thing, "")
 
-    def set_words(self, machine: str, words: str) -> None:
+    def set_words(self, thing: str, words: str) -> None:
         with self._changed:
-            self._words[machine] = words
+            self._words[thing] = words
+        self.touch()
+
+    def clear_words(self, thing: str) -> None:
+        with self._changed:
+            self._words.pop(thing, None)
         self.touch()
 
     # -- starts, for the back-off between them
@@ -110,6 +121,11 @@ class Facts:
         with self._changed:
             recent = [at for at in self._starts.get(key, []) if now - at < self._steady_after_s]
             self._starts[key] = [*recent, now]
+
+    def ran_s(self, machine: Machine) -> float | None:
+        """Seconds since this process started it; None when it did not."""
+        starts = self._starts.get((machine.id, machine.restarts))
+        return self._now() - starts[-1] if starts else None
 
     def wait_before_start(self, machine: Machine) -> float:
         """Seconds until it may be started again: twice as long after each of its recent starts."""

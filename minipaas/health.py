@@ -8,10 +8,11 @@ from __future__ import annotations
 import http.client
 import re
 import socket
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+REFUSED = "nothing listens on port"
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,6 @@ class Probe:
     timeout_s: float = 2.0
     grace_s: float = 0.0
     headers: tuple[tuple[str, str], ...] = ()
-    tls: bool = False
-    tls_skip_verify: bool = False
 
 
 class Prober(Protocol):
@@ -47,27 +46,18 @@ class SocketProber:
         except TimeoutError:
             return f"no answer on port {probe.port} within {probe.timeout_s:g} s"
         except ConnectionRefusedError:
-            return f"nothing listens on port {probe.port}"
+            return f"{REFUSED} {probe.port}"
         except (OSError, http.client.HTTPException) as error:
             return f"port {probe.port}: {str(error) or type(error).__name__}"
 
     def _http(self, address: str, probe: Probe) -> str:
-        connection = self._connection(address, probe)
+        connection = http.client.HTTPConnection(address, probe.port, timeout=probe.timeout_s)
         try:
             connection.request(probe.method, probe.path, headers=dict(probe.headers))
             status = connection.getresponse().status
         finally:
             connection.close()
         return "" if 200 <= status < 300 else f"{probe.method} {probe.path} gave {status}"
-
-    def _connection(self, address: str, probe: Probe) -> http.client.HTTPConnection:
-        if not probe.tls:
-            return http.client.HTTPConnection(address, probe.port, timeout=probe.timeout_s)
-        context = ssl.create_default_context()
-        if probe.tls_skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return http.client.HTTPSConnection(address, probe.port, timeout=probe.timeout_s, context=context)
 
 
 def first_failure(prober: Prober, address: str, probes: Sequence[Probe]) -> str:
@@ -92,7 +82,9 @@ def listeners(proc_net_tcp: str) -> frozenset[Listener]:
     Source: Documentation/networking/proc_net_tcp.rst; state 0A is LISTEN, addresses are host-endian words in hex.
     """
     found = set()
-    for address, port, state in re.findall(r"^\s*\d+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} ([0-9A-F]{2})", proc_net_tcp, re.M):
+    for address, port, state in re.findall(
+        r"^\s*\d+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} ([0-9A-F]{2})", proc_net_tcp, re.M
+    ):
         if state == "0A":
             found.add(Listener(int(port, 16), _is_loopback(address)))
     return frozenset(found)
@@ -106,7 +98,8 @@ def _is_loopback(address: str) -> bool:
 
 def explain(words: str, port: int, found: frozenset[Listener] | None) -> str:
     """Better words for a check that failed, given what listens in the container; None when that is not known."""
-    if found is None or any(each.port == port and not each.loopback for each in found):
+    answered = not words.startswith(REFUSED)
+    if answered or found is None or any(each.port == port and not each.loopback for each in found):
         return words
     if any(each.port == port for each in found):
         return f"it listens on 127.0.0.1:{port} only, where the edge cannot reach it; listen on 0.0.0.0:{port}"

@@ -6,9 +6,10 @@ between or within any two of them only has to plan again.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from minipaas.errors import (
     EngineError,
     EngineUnavailable,
     PlatformError,
+    StateUnavailable,
     TimedOut,
     Unavailable,
     VolumeGone,
@@ -39,6 +41,8 @@ from minipaas.workload import (
     volume_ids,
 )
 
+log = logging.getLogger(__name__)
+
 
 class MachineFailed(PlatformError):
     """A machine did not start or did not become healthy; the message says why, with its last lines."""
@@ -58,6 +62,8 @@ class Clock(Protocol):
     def wait(self, seconds: float) -> bool:
         """True when minipaas stops."""
         ...
+
+    def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,6 @@ class RestoreVolume:
     """What the bucket holds of it is in its directory, before anything uses it."""
 
     volume: Volume
-    on_progress: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
 
     @property
     def app(self) -> str:
@@ -142,15 +147,11 @@ class RestoreVolume:
     def apply(self, world: World) -> None:
         directory = world.directory(self.volume)
         _make_volume_directory(directory)
-        world.backups.restore_volume(self.volume.id, directory, self._tell(world))
+        world.backups.restore_volume(
+            self.volume.id, directory, lambda text: world.facts.set_words(self.volume.id, text)
+        )
+        world.facts.clear_words(self.volume.id)
         world.state.set_volume_state(self.volume.id, "created")
-
-    def _tell(self, world: World) -> Callable[[str], None]:
-        def tell(text: str) -> None:
-            world.facts.set_words(self.volume.id, text)
-            self.on_progress(text)
-
-        return tell
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,8 @@ class SyncVolume:
         try:
             world.backups.sync_volume(self.volume.id, world.limits.swap_sync_s)
         except (TimedOut, Unavailable, StoreError) as error:
-            world.state.add_event(
-                self.volume.app, f"volume {self.volume.name} is not shipped yet, it follows from this disk: {error}"
-            )
+            words = f"volume {self.volume.name} is not shipped yet, it follows from this disk: {error}"
+            _journal(world, self.app, words)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class StartMachine:
         spec = container_spec(self.workload, self.machine, world.node, self.volumes, directories, secrets)
         world.facts.note_start(self.machine)
         try:
-            world.engine.containers.run(spec)
+            world.facts.put_container(world.engine.containers.run(spec))
         except EngineUnavailable:
             raise
         except EngineError as error:
@@ -264,9 +264,13 @@ class StartMachine:
                 raise Unavailable(f"{other.name} still uses a volume of {name}; it is stopped first")
 
     def _note_crash(self, world: World, before: Container | None) -> None:
-        if before is None or before.state != "exited" or before.labels.get(LABEL_RESTARTS) != str(self.machine.restarts):
+        if (
+            before is None
+            or before.state != "exited"
+            or before.labels.get(LABEL_RESTARTS) != str(self.machine.restarts)
+        ):
             return
-        world.state.add_event(self.app, f"machine {self.machine.id} {_ended(before, world)}; starting it again")
+        _journal(world, self.app, f"machine {self.machine.id} {_ended(before, None)}; starting it again")
 
 
 @dataclass(frozen=True)
@@ -311,19 +315,31 @@ class AwaitHealthy:
         clock, limits = world.clock, world.limits
         begin = clock.now()
         generation = world.state.generation(self.app)
-        deadline = begin + limits.healthy_within_s + max((probe.grace_s for probe in self.workload.probes), default=0.0)
+        within_s = self.workload.wait_s or limits.healthy_within_s
+        deadline = begin + within_s + max((probe.grace_s for probe in self.workload.probes), default=0.0)
+        container = world.facts.container(container_name(self.machine))
         while True:
-            container = self._container(world)
             words = self._check(world, container, clock.now() - begin)
-            if not words:
+            if words:
+                container = self._running(world)
+            elif container is not None:
                 world.facts.set_healthy(self.machine.id, container.id)
                 return
-            if clock.now() >= deadline:
-                self._give_up(world, container, words, limits.healthy_within_s)
+            if container is not None and clock.now() >= deadline:
+                self._give_up(world, container, words, within_s)
             if clock.wait(limits.health_poll_s) or world.state.generation(self.app) != generation:
                 raise Overtaken(f"what is wanted of {self.app} has changed")
 
-    def _container(self, world: World) -> Container:
+    def _check(self, world: World, container: Container | None, since_s: float) -> str:
+        if container is None or not runs(container, self.machine):
+            return "it does not run yet"
+        if not self.workload.probes:
+            return "" if since_s >= 1.0 else "it has just started"
+        if not container.address:
+            return "it has no address yet"
+        return first_failure(world.prober, container.address, self.workload.probes)
+
+    def _running(self, world: World) -> Container:
         """The machine's container, while it runs. Raises MachineFailed when it has ended or is gone."""
         containers = world.engine.containers.list()
         world.facts.set_containers(containers)
@@ -331,18 +347,11 @@ class AwaitHealthy:
         container = next((each for each in containers if each.name == name), None)
         if container is None:
             raise MachineFailed(f"the container {name} is gone; somebody removed it")
-        if not runs(container, self.machine):
-            words = _ended(container, world)
-            world.facts.set_words(self.machine.id, words)
-            raise MachineFailed(words + _last_lines(world, name))
-        return container
-
-    def _check(self, world: World, container: Container, since_s: float) -> str:
-        if self.workload.probes:
-            if not container.address:
-                return "it has no address yet"
-            return first_failure(world.prober, container.address, self.workload.probes)
-        return "" if since_s >= 1.0 else "it has just started"
+        if runs(container, self.machine):
+            return container
+        words = _ended(container, world.facts.ran_s(self.machine))
+        world.facts.set_words(self.machine.id, words)
+        raise MachineFailed(words + _last_lines(world, name))
 
     def _give_up(self, world: World, container: Container, words: str, within_s: float) -> None:
         if self.workload.port is not None:
@@ -351,14 +360,20 @@ class AwaitHealthy:
         raise MachineFailed(f"not healthy after {within_s:g} s: {words}" + _last_lines(world, container.name))
 
 
-def _ended(container: Container, world: World) -> str:
+def _journal(world: World, app: str, text: str) -> None:
+    """A line for people. A disk that is full must not keep an app from being started again."""
+    try:
+        world.state.add_event(app, text)
+    except StateUnavailable as error:
+        log.warning("a line of the journal is lost", extra={"app": app, "text": text, "reason": str(error)})
+
+
+def _ended(container: Container, ran_s: float | None) -> str:
     if container.oom_killed:
         return "ran out of memory and was killed; give it more, or make it use less"
     if container.exit_code is None:
         return f"is {container.state}"
-    if container.started_ms is None or container.ended_ms is None:
-        return f"exited with {container.exit_code}"
-    return f"exited with {container.exit_code} after {max(0, container.ended_ms - container.started_ms) / 1000:.1f} s"
+    return f"exited with {container.exit_code}" + ("" if ran_s is None else f" after {ran_s:.1f} s")
 
 
 def _last_lines(world: World, name: str) -> str:
@@ -372,10 +387,10 @@ def _last_lines(world: World, name: str) -> str:
 def _listeners(world: World, name: str) -> frozenset[Listener] | None:
     """What listens inside; None when the image has nothing to look with."""
     try:
-        code, text = world.engine.containers.exec(name, ("cat", "/proc/net/tcp", "/proc/net/tcp6"), timeout_s=5.0)
+        _, text = world.engine.containers.exec(name, ("cat", "/proc/net/tcp", "/proc/net/tcp6"), timeout_s=5.0)
     except EngineError:
         return None
-    return listeners(text) if code == 0 or "local_address" in text else None
+    return listeners(text) if "local_address" in text else None
 
 
 # -- traffic -----------------------------------------------------------------------------------------------------------

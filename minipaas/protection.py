@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from replicator.errors import ObjectMissing, PreconditionFailed, ReplicatorError, StoreError
-from replicator.store import ObjectStore
+from replicator import ObjectMissing, ObjectStore, PreconditionFailed, ReplicatorError, StoreError
 
 __all__ = [
     "Backups",

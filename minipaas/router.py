@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from minipaas.edge import Edge, Route
 from minipaas.errors import EdgeError
@@ -38,9 +39,10 @@ class Router:
         self._change(app, None)
 
     def seed(self, routes: Iterable[Route]) -> None:
-        """The first table of this process, in one step: the edge may have served the same routes all along."""
+        """The first table of this process, in one step: the edge may have served the same routes all along. Raises EdgeError."""
         with self._lock:
-            self._apply({route.app: route for route in routes})
+            self._edge.start()
+            self._apply({route.app: replace(route, hold_s=self._hold_s) for route in routes})
 
     def refresh(self) -> None:
         """Start the edge if it died, and give it the table again if it lost it. Raises EdgeError."""

@@ -35,7 +35,9 @@ class Identity:
         try:
             pair = pyrage.x25519.Identity.from_str(text.strip().upper())
         except pyrage.IdentityError as error:
-            raise WrongRecoveryKey(f"this is not a recovery key; one begins with {_PREFIX} and has 74 characters") from error
+            raise WrongRecoveryKey(
+                f"this is not a recovery key; one begins with {_PREFIX} and has 74 characters"
+            ) from error
         return cls(str(pair), str(pair.to_public()))
 
 
@@ -85,7 +87,9 @@ def read_node_identity(path: Path) -> Identity:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise NotFound(f"{path} is missing; without it no secret can be opened: recover the node on an empty directory") from None
+        raise NotFound(
+            f"{path} is missing; without it no secret can be opened: recover the node on an empty directory"
+        ) from None
     try:
         return Identity.parse(text)
     except WrongRecoveryKey as error:

@@ -31,7 +31,7 @@ class Limits:
     healthy_within_s: float = 45.0
     health_poll_s: float = 0.1
     deploy_wait_s: float = 300.0
-    restart_wait_s: float = 90.0
+    restart_wait_s: float = 50.0
     stop_sync_s: float = 10.0
     stop_workers_s: float = 5.0
     max_backoff_s: float = 60.0
@@ -41,10 +41,10 @@ class Limits:
     unpacked_bytes: int = 8 << 30
     unpacked_files: int = 200_000
     upload_keep_s: float = 3600.0
-    events: int = 1000
     followers: int = 8
-    api_threads: int = 16
+    api_threads: int = 24
     log_tail: int = 10
+    engine_images: int = 3
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,24 @@ def read_settings(data_dir: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}") from error
     try:
-        return msgspec.convert({**values, "data_dir": str(data_dir)}, Settings)
+        return msgspec.convert({**values, "data_dir": str(data_dir)}, Settings, dec_hook=_to_path)
     except msgspec.ValidationError as error:
         raise BadRequest(f"{path}: {error}") from error
 
 
 def write_settings(settings: Settings) -> None:
-    values = msgspec.to_builtins(settings)
+    values = msgspec.to_builtins(settings, enc_hook=str)
     del values["data_dir"]
     lines = ["# Written by minipaas setup. Restart minipaas serve after a change."]
     lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     write_private(settings_path(settings.data_dir), "\n".join(lines) + "\n")
+
+
+def _to_path(kind: type, value: object) -> Path:
+    """Paths are text in the file."""
+    if kind is not Path or not isinstance(value, str):
+        raise TypeError(f"expected a path, got {value!r}")
+    return Path(value)
 
 
 def read_credentials(data_dir: Path, environ: Mapping[str, str]) -> Credentials | None:

@@ -22,7 +22,6 @@ from minipaas.errors import Conflict, NotFound, StateTooNew, StateUnavailable
 from minipaas.model import App, Event, Fleet, Machine, Node, Release, ReleaseStatus, Token, Volume
 
 _BUSY_TIMEOUT_MS = 10_000
-_KEPT_EVENTS = 1000
 
 _RELEASE = "app, number, image, image_digest, config, created_ms, status, message"
 _MACHINE = 'id, app, release, "group", node, desired, restarts'
@@ -56,8 +55,8 @@ class NewRelease:
 class State:
     """Thread-safe. Every mutation is one transaction, durable when the call returns. Raises StateUnavailable when it cannot be."""
 
-    def __init__(self, path: Path, clock_ms: Callable[[], int]) -> None:
-        self._clock_ms = clock_ms
+    def __init__(self, path: Path, clock_ms: Callable[[], int], kept_events: int = 1000) -> None:
+        self._clock_ms, self._kept_events = clock_ms, kept_events
         self._lock = threading.RLock()
         self._generations: dict[str, int] = {}
         self._on_change: list[Callable[[str], None]] = []
@@ -119,8 +118,10 @@ class State:
                 (new.id, old_node),
             )
 
-    def add_token(self, token: Token) -> None:
+    def replace_token(self, token: Token) -> None:
+        """Another token of the same name is worth nothing any more."""
         with self._write():
+            self._db.execute("DELETE FROM tokens WHERE name = ?", (token.name,))
             self._db.execute(
                 "INSERT INTO tokens (sha256, name, abilities, created_ms) VALUES (?, ?, ?, ?)",
                 (token.sha256, token.name, msgspec.json.encode(token.abilities).decode(), token.created_ms),
@@ -203,8 +204,12 @@ class State:
             self._db.execute(
                 f"INSERT INTO releases ({_RELEASE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", msgspec.structs.astuple(release)
             )
-            self._db.executemany(f"INSERT INTO volumes ({_VOLUME}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _tuples(new.volumes))
-            self._db.executemany(f"INSERT INTO machines ({_MACHINE}) VALUES (?, ?, ?, ?, ?, ?, ?)", _tuples(new.machines))
+            self._db.executemany(
+                f"INSERT INTO volumes ({_VOLUME}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _tuples(new.volumes)
+            )
+            self._db.executemany(
+                f"INSERT INTO machines ({_MACHINE}) VALUES (?, ?, ?, ?, ?, ?, ?)", _tuples(new.machines)
+            )
             self._db.executemany(
                 "INSERT INTO release_secrets (app, release, name, sealed) VALUES (?, ?, ?, ?)",
                 [(release.app, release.number, name, sealed) for name, sealed in new.secrets.items()],
@@ -242,7 +247,9 @@ class State:
             )
             if self._db.changes():
                 self._db.execute("DELETE FROM machines WHERE app = ? AND release = ?", (app, number))
-                self._add_event(app, f"v{number} failed: {message.splitlines()[0] if message else 'no reason is known'}")
+                self._add_event(
+                    app, f"v{number} failed: {message.splitlines()[0] if message else 'no reason is known'}"
+                )
 
     def machines(self, app: str) -> Sequence[Machine]:
         return self._structs(Machine, f"SELECT {_MACHINE} FROM machines WHERE app = ? ORDER BY id", app)
@@ -321,7 +328,7 @@ class State:
 
     def _add_event(self, app: str, text: str) -> None:
         self._db.execute("INSERT INTO events (at_ms, app, text) VALUES (?, ?, ?)", (self._clock_ms(), app, text))
-        self._db.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (_KEPT_EVENTS,))
+        self._db.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (self._kept_events,))
 
     def _find_app(self, name: str) -> App | None:
         found = self._structs(App, f"SELECT {_APP} FROM apps WHERE name = ?", name)
@@ -382,7 +389,9 @@ class State:
         with _translated(self._path):
             version: int = self._db.pragma("user_version")
         if version > len(steps):
-            raise StateTooNew(f"{self._path} has version {version}, this minipaas knows {len(steps)}; install a newer one")
+            raise StateTooNew(
+                f"{self._path} has version {version}, this minipaas knows {len(steps)}; install a newer one"
+            )
         for number, sql in enumerate(steps[version:], start=version + 1):
             with self._write():
                 self._db.execute(sql)
@@ -392,7 +401,11 @@ class State:
 def _migrations() -> list[str]:
     """The text of migrations/NNN_*.sql in the order of their numbers, which begin at 1 and have no gap."""
     files = sorted(
-        (entry for entry in resources.files("minipaas").joinpath("migrations").iterdir() if entry.name.endswith(".sql")),
+        (
+            entry
+            for entry in resources.files("minipaas").joinpath("migrations").iterdir()
+            if entry.name.endswith(".sql")
+        ),
         key=lambda entry: entry.name,
     )
     return [entry.read_text(encoding="utf-8") for entry in files]

@@ -5,6 +5,7 @@ Owns labels and names of containers, the environment of apps and host names. Nev
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from minipaas.engine import Container, ContainerSpec, Mount
 from minipaas.errors import BadRequest
 from minipaas.health import Probe
-from minipaas.manifest import Manifest
+from minipaas.manifest import Check, Deploy, Manifest
 from minipaas.model import Machine, Node, Release, Volume
 
 LABEL_NODE = "minipaas.node"
@@ -30,7 +31,11 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 @dataclass(frozen=True)
 class Workload:
-    """A release that can be run. port: None when it serves nothing. mounts: (volume name, directory in the container)."""
+    """A release that can be run. port: None when it serves nothing. mounts: (volume name, directory in the container).
+
+    probes: all must pass before requests come; empty when it serves nothing and has no check.
+    wait_s: how long it may take to become healthy, None for the usual time.
+    """
 
     app: str
     release: int
@@ -44,6 +49,7 @@ class Workload:
     primary_region: str = ""
     stop_signal: str = "SIGINT"
     stop_timeout_s: int = 5
+    wait_s: float | None = None
     created_ms: int = 0
 
 
@@ -62,8 +68,30 @@ def workload_of(release: Release, domain: str) -> Workload:
         env=tuple(sorted(manifest.env.items())),
         primary_region=manifest.primary_region or "",
         stop_signal=manifest.kill_signal,
-        stop_timeout_s=int(manifest.kill_timeout),
+        stop_timeout_s=math.ceil(manifest.kill_timeout_s),
+        wait_s=manifest.deploy.wait_timeout_s if manifest.deploy != Deploy() else None,
         created_ms=release.created_ms,
+    )
+
+
+def _probes(manifest: Manifest) -> tuple[Probe, ...]:
+    """Of the checks that were asked for; without any, a connection to the port."""
+    service = manifest.http_service
+    checks = (*(service.checks if service else ()), *manifest.checks)
+    if checks:
+        return tuple(_probe(check) for check in checks)
+    return (Probe("tcp", service.internal_port),) if service else ()
+
+
+def _probe(check: Check) -> Probe:
+    return Probe(
+        kind=check.type,
+        port=check.port,
+        path=check.path,
+        method=check.method,
+        timeout_s=check.timeout_s,
+        grace_s=check.grace_period_s,
+        headers=tuple(sorted(check.headers.items())),
     )
 
 

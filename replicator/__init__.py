@@ -1,0 +1,106 @@
+"""Replicates SQLite databases to object storage, continuously, and restores them to any moment. The package's public names.
+
+Owns the list of what other programs may import. Each name is loaded at its first use, so that ``replicator --help`` loads none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from replicator import catalogue as catalogue
+    from replicator.capture import CaptureSettings as CaptureSettings
+    from replicator.config import Config as Config
+    from replicator.config import load_config as load_config
+    from replicator.errors import BucketMissing as BucketMissing
+    from replicator.errors import ChainBroken as ChainBroken
+    from replicator.errors import ConfigError as ConfigError
+    from replicator.errors import DaemonNotRunning as DaemonNotRunning
+    from replicator.errors import DatabaseError as DatabaseError
+    from replicator.errors import DatabaseMissing as DatabaseMissing
+    from replicator.errors import DatabaseNotReplicable as DatabaseNotReplicable
+    from replicator.errors import FormatError as FormatError
+    from replicator.errors import IntegrityCheckFailed as IntegrityCheckFailed
+    from replicator.errors import LeaseHeld as LeaseHeld
+    from replicator.errors import LeaseLost as LeaseLost
+    from replicator.errors import NothingToRestore as NothingToRestore
+    from replicator.errors import ObjectMissing as ObjectMissing
+    from replicator.errors import PreconditionFailed as PreconditionFailed
+    from replicator.errors import ReplicatorError as ReplicatorError
+    from replicator.errors import RestoreError as RestoreError
+    from replicator.errors import StateMismatch as StateMismatch
+    from replicator.errors import StoreDenied as StoreDenied
+    from replicator.errors import StoreError as StoreError
+    from replicator.errors import StoreUnavailable as StoreUnavailable
+    from replicator.errors import SyncTimeout as SyncTimeout
+    from replicator.errors import TargetExists as TargetExists
+    from replicator.errors import UsageError as UsageError
+    from replicator.lease import Lease as Lease
+    from replicator.lease import LeaseRecord as LeaseRecord
+    from replicator.replica import Replica as Replica
+    from replicator.restore import RestoreOptions as RestoreOptions
+    from replicator.restore import RestorePlan as RestorePlan
+    from replicator.restore import RestoreReport as RestoreReport
+    from replicator.restore import plan_restore as plan_restore
+    from replicator.restore import restore as restore
+    from replicator.restored import mark_restored as mark_restored
+    from replicator.service import NotDurable as NotDurable
+    from replicator.service import Replicator as Replicator
+    from replicator.service import default_state as default_state
+    from replicator.store import ObjectInfo as ObjectInfo
+    from replicator.store import ObjectStore as ObjectStore
+    from replicator.store import open_store as open_store
+    from replicator.store.measure import Meter as Meter
+    from replicator.values import Position as Position
+    from replicator.values import Timeline as Timeline
+    from replicator.watch import Folder as Folder
+    from replicator.worker import DatabaseStatus as DatabaseStatus
+    from replicator.worker import Protection as Protection
+    from replicator.worker import WorkerSettings as WorkerSettings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "capture": "CaptureSettings",
+    "config": "Config load_config",
+    "errors": (
+        "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
+        "DatabaseNotReplicable FormatError IntegrityCheckFailed LeaseHeld LeaseLost NothingToRestore "
+        "ObjectMissing PreconditionFailed ReplicatorError RestoreError StateMismatch StoreDenied StoreError "
+        "StoreUnavailable SyncTimeout TargetExists UsageError"
+    ),
+    "lease": "Lease LeaseRecord",
+    "replica": "Replica",
+    "restore": "RestoreOptions RestorePlan RestoreReport plan_restore restore",
+    "restored": "mark_restored",
+    "service": "NotDurable Replicator default_state",
+    "store": "ObjectInfo ObjectStore open_store",
+    "store.measure": "Meter",
+    "values": "Position Timeline",
+    "watch": "Folder",
+    "worker": "DatabaseStatus Protection WorkerSettings",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["__version__", "catalogue", *_HOME_OF]
+
+
+class _Package(ModuleType):
+    """The package itself. ``restore`` is a function here, and a module of the same name must not take its place when it is loaded."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "catalogue":
+            return importlib.import_module(f"{__name__}.catalogue")
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -36,6 +36,9 @@ GROUP_BYTES = 64 * 1024 * 1024
 REBASE_TRIES = 3
 FIRST_CHECKPOINT_RETRY_S = 0.5
 MAX_CHECKPOINT_RETRY_S = 60.0
+_NO_FILE = Source(0, 0, 0, 0, 0, 0, 0, False)
+"""The source of a captured state whose file is gone: no file is inode 0, so what is at the path later is another one, even if it gets the old number."""
+
 
 
 class ContinuityLost(Exception):
@@ -104,9 +107,12 @@ class Capture:
         self._settings = settings
         self._now_ms = now_ms
         self._monotonic = monotonic
-        self._captured = self._load()
+        self._captured: Captured | None = None
+        self._loaded = False
         self._database: LiveDatabase | None = None
         self._scanner: Scanner | None = None
+        self._continuous = False  # the scanner goes on from the captured state, under the lock that is held now
+        self._confirmed: Cursor | None = None  # up to here SQLite itself counts as committed what was captured
         self._stamp: FileStamp | None = None
         self._changed_at = monotonic()
         self._next_checkpoint_at = 0.0
@@ -116,24 +122,30 @@ class Capture:
     @property
     def position(self) -> Position | None:
         """The newest captured position; None before the first timeline."""
-        return Position(self._captured.timeline.number, self._captured.txid) if self._captured else None
+        captured = self._captured
+        return Position(captured.timeline.number, captured.txid) if captured else None
 
     @property
     def last_commit_ms(self) -> int:
-        return self._captured.last_commit_ms if self._captured else 0
+        captured = self._captured
+        return captured.last_commit_ms if captured else 0
 
     @property
     def timeline(self) -> Timeline | None:
-        return self._captured.timeline if self._captured else None
+        captured = self._captured
+        return captured.timeline if captured else None
 
     def begin_timeline(self, timeline: Timeline, txid: int, known: Captured | None, *, keep_waiting: bool) -> None:
         """Go on as ``timeline`` after ``txid``.
 
         known: the state there, when it is known; None to begin with a snapshot. keep_waiting: whether what waits for upload leads to ``txid``.
         """
+        self._continuous = False
+        if self._database is not None and self._database.holds_lock:
+            self._database.release()
         if not keep_waiting:
             self._spool.discard()
-        self._captured = Captured(
+        captured = Captured(
             timeline=timeline,
             txid=txid,
             page_size=known.page_size if known else 0,
@@ -142,10 +154,9 @@ class Capture:
             restored=False,
             hashes=known.hashes if known else StateHashes(),
         )
-        self._spool.save_base(self._captured)
-        self._scanner = None
-        if self._database is not None:
-            self._database.release()
+        self._spool.save_base(captured)
+        self._captured = captured
+        self._loaded = True
 
     def step(self) -> float | None:
         """Capture what is new. Returns seconds until it wants to be called again, None to wait for a change.
@@ -155,9 +166,8 @@ class Capture:
         """
         database = self._open()
         if database.journal is Journal.ROLLBACK:
-            self._compare_if_changed(database)
-            return None
-        if not database.holds_lock:
+            return self._compare_if_changed(database)
+        if not self._continuous:
             self._begin(database)
         self._drain()
         wait_s = self._checkpoint_if_due(database)
@@ -175,12 +185,15 @@ class Capture:
         if self._database is not None:
             self._database.close()
         self._database = self._scanner = self._stamp = None
+        self._continuous = False
 
     def close(self) -> None:
         """The last thing. An up-to-date base makes the next start quick."""
-        if self._captured is not None and self._database is not None:
-            self._spool.save_base(self._captured)
-        self.let_go()
+        try:
+            if self._captured is not None and self._captured.txid != self._spool.base_txid:
+                self._spool.save_base(self._captured)
+        finally:
+            self.let_go()
 
     # -- opening, and continuity ---------------------------------------------------------------------------------------
 
@@ -198,6 +211,9 @@ class Capture:
             return None
 
     def _open(self) -> LiveDatabase:
+        if not self._loaded:
+            self._captured = self._load()
+            self._loaded = True
         database = self._database
         if database is not None and not (database.still_at_path() and database.wal_is_ours()):
             self._leave_behind(database)
@@ -215,45 +231,65 @@ class Capture:
         return self._database
 
     def _leave_behind(self, database: LiveDatabase) -> None:
-        """The path names another file now, or none. What the old one still holds is captured before it is closed."""
+        """The path names another file now, or none, or the WAL was deleted. What it still holds is captured before it is closed.
+
+        Without a WAL that is not possible: to lock the old file, SQLite would look for a journal by name, and find that of the new one.
+        """
+        replaced = not database.still_at_path()
         try:
-            if database.holds_lock:
+            if self._continuous:
                 self._drain()
         except DatabaseError as error:
             log.warning("the last commits of a file that is gone could not be captured: %s", error)
         self.let_go()
+        if replaced and self._captured is not None:
+            self._captured = dataclasses.replace(self._captured, source=_NO_FILE)
+            self._spool.save_base(self._captured)
 
     def _begin(self, database: LiveDatabase) -> None:
         """Take the read lock, and prove that the WAL goes on from the captured state; else compare."""
         database.acquire()
         cursor = _cursor(self._state.source, database.page_size)
         if cursor is not None and _holds(database, cursor):
-            self._scanner = Scanner(cursor)
+            self._scanner, self._confirmed = Scanner(cursor), None
             try:
                 self._capture_wal(database)
-                if _is_current(database, cursor):
-                    return
+                self._continuous = _is_current(database, cursor)
             except ContinuityLost as lost:
                 log.info("%s: %s", self.path, lost)
-        self._rebase(database, "what happened meanwhile is not known")
+        if not self._continuous:
+            self._rebase(database, "what happened meanwhile is not known")
 
     def _drain(self) -> None:
-        """Capture everything that is committed now."""
+        """Capture everything that is committed now. Whatever it raises, continuity is proven anew afterwards.
+
+        Since then the scanner may have gone past what could not be kept.
+        """
         assert self._database is not None
+        self._continuous = False
         try:
             self._follow_restart(self._database)
             self._capture_wal(self._database)
             if self._follow_restart(self._database):
                 self._capture_wal(self._database)
+            self._continuous = True
         except ContinuityLost as lost:
             self._rebase(self._database, str(lost))
 
     def _follow_restart(self, database: LiveDatabase) -> bool:
-        """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured."""
-        header = database.wal_header()
-        if header is None or (self._scanner is not None and _same_generation(header, self._scanner.cursor)):
+        """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured.
+
+        Raises ContinuityLost when it may have left out what was captured: a commit that SQLite took back, since its fsync failed.
+        """
+        scanner, header = self._scanner, database.wal_header()
+        if header is None:
+            if scanner is None or database.wal_size():
+                return False
+        elif scanner is not None and _same_generation(header, scanner.cursor):
             return False
-        self._scanner = Scanner(header.cursor())
+        if self._is_unconfirmed():
+            raise ContinuityLost("the WAL began anew behind a commit that was not seen to succeed")
+        self._scanner = Scanner(header.cursor()) if header else None
         return True
 
     def _capture_wal(self, database: LiveDatabase) -> None:
@@ -268,13 +304,22 @@ class Capture:
         if not scanner.pending_frames and not _last_frame_is_there(database, scanner):
             raise ContinuityLost("the WAL was written over behind the captured place")
         group: list[Transaction] = []
+        group_bytes = 0
         for transaction in read_transactions(database, scanner):
             group.append(transaction)
-            if sum(len(t.page_nos) for t in group) * database.page_size >= GROUP_BYTES:
+            group_bytes += len(transaction.page_nos) * database.page_size
+            if group_bytes >= GROUP_BYTES:
                 self._keep(database, group)
-                group = []
+                group, group_bytes = [], 0
         if group:
             self._keep(database, group)
+        if scanner.cursor != self._confirmed and _is_confirmed(database, scanner.cursor):
+            self._confirmed = scanner.cursor
+
+    def _is_unconfirmed(self) -> bool:
+        """Whether something was captured that SQLite does not count as committed (yet)."""
+        cursor = self._scanner.cursor if self._scanner else None
+        return cursor is not None and cursor.offset > HEADER_SIZE and cursor != self._confirmed
 
     # -- segments ------------------------------------------------------------------------------------------------------
 
@@ -282,7 +327,9 @@ class Capture:
         """One segment of these transactions."""
         page_nos, offsets = last_image(group)
         image = Image(database, group[-1].page_count, page_nos, offsets, group[-1].end)
-        grown = np.arange(self._state.hashes.page_count + 1, image.page_count + 1, dtype=np.uint32)
+        # What was cut off on the way and came back counts as new: a checkpoint may have cut the file too.
+        lowest = min(self._state.hashes.page_count, *(transaction.page_count for transaction in group))
+        grown = np.arange(lowest + 1, image.page_count + 1, dtype=np.uint32)
         unwritten = np.setdiff1d(grown, page_nos, assume_unique=True)
         if len(unwritten):
             image = image.completed(unwritten)
@@ -292,6 +339,7 @@ class Capture:
 
     def _rebase(self, database: LiveDatabase, reason: str) -> None:
         """Compare the whole database with the captured state, and make what differs one segment."""
+        self._continuous = False
         for _ in range(REBASE_TRIES):
             self._scanner = None
             image = Image.newest(database)
@@ -300,6 +348,8 @@ class Capture:
             except ContinuityLost:  # the WAL began anew meanwhile, which happens once at most under one lock
                 continue
             self._scanner = Scanner(image.cursor) if image.cursor else None
+            self._confirmed = image.cursor
+            self._continuous = True
             self.figures.rebases += 1
             log.info("%s: compared with what was captured, since %s", self.path, reason)
             return
@@ -307,26 +357,29 @@ class Capture:
             f"{self.path} changes while it is compared, in spite of a read lock; is it on a network file system?"
         )
 
-    def _compare_if_changed(self, database: LiveDatabase) -> None:
+    def _compare_if_changed(self, database: LiveDatabase) -> float | None:
         """The capture of a database without a WAL: under a shared lock, in which nobody commits, compare all of it."""
         if database.stamp() == self._stamp:
-            return
+            return None
         database.acquire()
         try:
-            if database.in_wal_mode():
-                self.let_go()
-                raise DatabaseBusy(f"{self.path} has just been switched to WAL mode; opening it again")
-            stamp = database.stamp()
-            image = Image.newest(database)
-            self._append(image, self._compare(image), self._now_ms())
+            has_wal = database.in_wal_mode()
+            if not has_wal:
+                stamp = database.stamp()
+                image = Image.newest(database)
+                self._append(image, self._compare(image), self._now_ms())
+                self._stamp = stamp
         finally:
             database.release()
-        self._stamp = stamp
+        if has_wal:  # switched to it just now; opened again, it is another kind of database
+            self.let_go()
+            return self.step()
         self._note_figures(database)
+        return None
 
     def _compare(self, image: Image) -> Change:
         known = self._known(image).hashes.hashes
-        page_nos, hashes = [], []
+        page_nos, hashes = [np.empty(0, np.uint32)], [np.empty(0, np.uint64)]
         for first, found in image.hashes():
             before = known[first - 1 : first - 1 + len(found)]
             differs = np.ones(len(found), dtype=np.bool_)
@@ -356,6 +409,8 @@ class Capture:
         """Spool the change as one segment; then it is the captured state. Raises ContinuityLost when it was not one image."""
         state = self._state
         known = self._known(image)
+        if image.cursor is not None and not _is_current(image.database, image.cursor):
+            raise ContinuityLost("the WAL began anew while it was read")
         if not len(change.page_nos) and change.page_count == known.hashes.page_count:
             return
         commit_ms = max(commit_ms, state.last_commit_ms)
@@ -401,7 +456,7 @@ class Capture:
         if cursor is None or cursor.offset == HEADER_SIZE or cursor == self._backfilled:
             return None
         now = self._monotonic()
-        pages = (cursor.offset - HEADER_SIZE) // cursor.frame_size
+        pages = (cursor.offset - _backfilled_offset(self._backfilled, cursor)) // cursor.frame_size
         due_at = self._changed_at + (
             0 if pages >= self._settings.checkpoint_pages else self._settings.idle_checkpoint_s
         )
@@ -417,6 +472,8 @@ class Capture:
             log.debug("checkpoint put off: %s", busy)
             result = None
         if result is not None:
+            if self._is_unconfirmed():
+                self._rebase(database, "SQLite took back a commit, since it could not make it durable")
             self.figures.checkpoints += 1
             self.figures.barrier_s = result.barrier_s
         self.figures.checkpoint_blocked = result is None or not result.complete
@@ -474,6 +531,19 @@ def _cursor(source: Source | None, page_size: int) -> Cursor | None:
 
 def _same_generation(header: WalHeader, cursor: Cursor) -> bool:
     return (header.salt1, header.salt2) == (cursor.salt1, cursor.salt2)
+
+
+def _backfilled_offset(backfilled: Cursor | None, cursor: Cursor) -> int:
+    """Up to where the WAL that the cursor is in is in the database file already."""
+    if backfilled is None or (backfilled.salt1, backfilled.salt2) != (cursor.salt1, cursor.salt2):
+        return HEADER_SIZE
+    return backfilled.offset
+
+
+def _is_confirmed(database: LiveDatabase, cursor: Cursor) -> bool:
+    """Whether SQLite itself counts everything before the cursor as committed."""
+    committed_frames = database.committed_frames()
+    return HEADER_SIZE + committed_frames * cursor.frame_size >= cursor.offset and _is_current(database, cursor)
 
 
 def _is_current(database: LiveDatabase, cursor: Cursor) -> bool:

@@ -1,9 +1,10 @@
 """The only opener of live databases: read locks, the write barrier, checkpoints, and raw reads of the file and its WAL.
 
-Owns every descriptor and connection on a database that an application may be using. POSIX locks belong to the process and the inode:
-closing any descriptor of a database drops the locks that SQLite holds on it in the same process, so nothing else in this package opens
-such a file, and the descriptor here is closed only after the connections. Never writes to the database: a checkpoint moves what is in
-the WAL already, and the barrier is a transaction that is rolled back.
+Owns every connection on a database that an application may be using. POSIX locks belong to the process and the inode: closing any
+descriptor of a database drops the locks that SQLite holds on it in the same process, those of an application in this very process too.
+So no descriptor of a database is ever opened or closed here but by SQLite itself, which puts off the closing as long as there are locks; raw bytes of the
+file are read through its connections. (The ``-wal`` file carries no locks.) Never writes to the database: a checkpoint moves what
+is in the WAL already, and the barrier is a transaction that is rolled back.
 
 How the WAL is held still (SQLite's wal.c: walTryBeginRead, walRestartLog, walCheckpoint):
 
@@ -17,6 +18,7 @@ How the WAL is held still (SQLite's wal.c: walTryBeginRead, walRestartLog, walCh
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,14 +76,22 @@ class FileStamp:
 
 
 def identify(path: Path) -> FileIdentity:
-    """Raises DatabaseMissing."""
+    """Raises DatabaseMissing; DatabaseNotReplicable for a symbolic link, beside which SQLite does not keep its WAL; NotADatabase."""
+    status = _status(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise DatabaseNotReplicable(f"{path} is a symbolic link; replicate the file that it names: {path.resolve()}")
+    if not stat.S_ISREG(status.st_mode):
+        raise NotADatabase(f"{path} is not a regular file")
+    return FileIdentity(status.st_dev, status.st_ino)
+
+
+def _status(path: Path) -> os.stat_result:
     try:
-        status = path.stat()
+        return path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         raise DatabaseMissing(f"{path}: there is no such file") from None
     except OSError as error:
         raise DatabaseError(f"{path}: {error.strerror}; check the permissions") from error
-    return FileIdentity(status.st_dev, status.st_ino)
 
 
 class LiveDatabase:
@@ -91,12 +101,10 @@ class LiveDatabase:
         """Opens it. Raises DatabaseError and its subclasses; an empty file is NotADatabase."""
         self.path = path
         self.identity = identify(path)
-        self._register()
-        self._file = -1
         self._wal_file = -1
         self._connections: list[apsw.Connection] = []
+        self._register()
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._check_magic()
             with _translated(path):
                 self._connections = [self._connect(), self._connect()]
@@ -104,9 +112,8 @@ class LiveDatabase:
                 mode = str(self._holder.execute("PRAGMA journal_mode").get)
                 self.page_size = int(self._holder.execute("PRAGMA page_size").get)
             self.journal = Journal.WAL if mode == "wal" else Journal.ROLLBACK
-        except OSError as error:
-            self.close()
-            raise DatabaseError(f"{path}: {error.strerror}; check the permissions") from error
+            if not self.still_at_path():
+                raise DatabaseBusy(f"{path} was replaced while it was opened; trying again")
         except BaseException:
             self.close()
             raise
@@ -119,10 +126,9 @@ class LiveDatabase:
             except apsw.Error:  # a checkpoint at close that fails leaves the WAL as it is, which is just as good
                 connection.close(True)
         self._connections = []
-        for descriptor in (self._wal_file, self._file):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._file = self._wal_file = -1
+        if self._wal_file >= 0:
+            os.close(self._wal_file)
+        self._wal_file = -1
         with _open_inodes_guard:
             _open_inodes.pop((self.identity.device, self.identity.inode), None)
 
@@ -130,7 +136,7 @@ class LiveDatabase:
         """Whether the path still names the file that is open here."""
         try:
             return identify(self.path) == self.identity
-        except DatabaseMissing:
+        except (DatabaseMissing, DatabaseNotReplicable, NotADatabase):
             return False
 
     # -- read lock -----------------------------------------------------------------------------------------------------
@@ -140,9 +146,10 @@ class LiveDatabase:
         return bool(self._connections) and self._holder.in_transaction
 
     def acquire(self) -> None:
-        """Begin the first read transaction. From here on the WAL holds still. Raises DatabaseBusy."""
+        """Begin the first read transaction. From here on the WAL holds still, or, without a WAL, nobody commits. Raises DatabaseBusy."""
         with _translated(self.path):
             _begin_read(self._holder)
+            self.page_size = int(self._holder.execute("PRAGMA page_size").get)  # VACUUM changes it, where there is no WAL
         if self.journal is Journal.WAL and self._wal_file < 0:
             self._wal_file = self._open_wal()
 
@@ -234,7 +241,9 @@ class LiveDatabase:
         return os.fstat(self._wal_file).st_mtime_ns // 1_000_000
 
     def committed_frames(self) -> int:
-        """Frames of committed transactions in this generation of the WAL, by SQLite's own account."""
+        """Frames of committed transactions in this generation of the WAL, by SQLite's own account; 0 without a WAL."""
+        if self.journal is Journal.ROLLBACK:
+            return 0
         with _translated(self.path):
             frames, _ = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         return max(0, frames)
@@ -251,13 +260,18 @@ class LiveDatabase:
 
     def read_pages(self, first_page_no: int, count: int) -> bytes:
         """``count`` pages of the database file; beyond its end they are zeros, as SQLite has it."""
-        length = count * self.page_size
-        data = _read(self._file, (first_page_no - 1) * self.page_size, length, self.path)
-        return data if len(data) == length else data + bytes(length - len(data))
+        return self._read_file((first_page_no - 1) * self.page_size, count * self.page_size)
 
     def stamp(self) -> FileStamp:
-        status = os.fstat(self._file)
-        return FileStamp(status.st_size, status.st_mtime_ns, _read(self._file, 24, 4, self.path))
+        """Raises DatabaseMissing."""
+        status = _status(self.path)
+        return FileStamp(status.st_size, status.st_mtime_ns, self._read_file(24, 4))
+
+    def _read_file(self, offset: int, length: int) -> bytes:
+        """Bytes of the database file; zeros beyond its end."""
+        with _translated(self.path):
+            _, data = self._holder.read("main", 0, offset, length)
+        return bytes(data)
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
@@ -272,7 +286,12 @@ class LiveDatabase:
             _open_inodes[key] = self.path
 
     def _check_magic(self) -> None:
-        head = os.pread(self._file, 16, 0)
+        try:
+            head = _first_bytes(self.path)
+        except apsw.Error as error:
+            raise DatabaseError(f"{self.path} cannot be opened: {error}; check the permissions") from error
+        except UnicodeError:
+            raise DatabaseNotReplicable(f"{self.path!r}: its name is not valid UTF-8, which SQLite needs") from None
         if head != SQLITE_MAGIC:
             what = "is empty" if not head else "is not an SQLite database (or is encrypted as a whole)"
             raise NotADatabase(f"{self.path} {what}")
@@ -292,20 +311,21 @@ class LiveDatabase:
 
 
 def is_database_file(path: Path) -> bool:
-    """Whether a file begins as an SQLite database does. Never touches a file that is open here already."""
+    """Whether a file begins as an SQLite database does. Drops no lock of this process."""
     try:
-        identity = identify(path)
-    except DatabaseError:
+        identify(path)
+        return _first_bytes(path) == SQLITE_MAGIC
+    except (DatabaseError, apsw.Error, UnicodeError):
         return False
-    with _open_inodes_guard:
-        if (identity.device, identity.inode) in _open_inodes:
-            return True
-        # Opened and closed under the guard, so that no LiveDatabase of this process can come between.
-        try:
-            with path.open("rb", buffering=0) as file:
-                return file.read(16) == SQLITE_MAGIC
-        except OSError:
-            return False
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Through SQLite's own layer, since closing a descriptor of our own would drop the locks that SQLite holds on the file."""
+    file = apsw.VFSFile("", str(path), [apsw.SQLITE_OPEN_MAIN_DB | apsw.SQLITE_OPEN_READONLY, 0])
+    try:
+        return bytes(file.xRead(len(SQLITE_MAGIC), 0))
+    finally:
+        file.xClose()
 
 
 def _begin_read(connection: apsw.Connection) -> None:
@@ -343,7 +363,10 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (apsw.BusyError, apsw.LockedError) as error:
-        raise DatabaseBusy(f"{path} is locked by another program; trying again") from error
+        raise DatabaseBusy(
+            f"{path} is locked by another program (a long transaction, or PRAGMA locking_mode=EXCLUSIVE, beside which nobody "
+            "can read it); trying again"
+        ) from error
     except apsw.NotADBError as error:
         raise NotADatabase(f"{path} is not an SQLite database (or is encrypted as a whole)") from error
     except apsw.CantOpenError as error:

@@ -133,3 +133,7 @@ class LeaseHeld(ReplicatorError):
 
 class LeaseLost(ReplicatorError):
     """This process had the right to write, and another has it now. It must not write any more."""
+
+
+class DaemonNotRunning(ReplicatorError):
+    """No ``replicator replicate`` answers at the control socket."""

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replicator.database import LiveDatabase
+from replicator.errors import DatabaseError
 from replicator.pagehash import hash_pages, page_hash
-from replicator.wal import I64, U32, Cursor, Scanner, Transaction, last_image
+from replicator.wal import HEADER_SIZE, I64, U32, Cursor, Scanner, Transaction, last_image
 
 CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -34,13 +35,27 @@ class Image:
 
     @classmethod
     def newest(cls, database: LiveDatabase) -> Image:
-        """The newest committed state, read from the start of the WAL. Under a read lock."""
-        header = database.wal_header()
-        scanner = Scanner(header.cursor()) if header else None
-        transactions = list(read_transactions(database, scanner)) if scanner else []
-        page_nos, offsets = last_image(transactions)
-        page_count = transactions[-1].page_count if transactions else database.committed_page_count()
-        return cls(database, page_count, page_nos, offsets, scanner.cursor if scanner else None)
+        """The newest committed state, read from the start of the WAL up to where SQLite itself counts it. Under a read lock.
+
+        Raises DatabaseError when the WAL does not hold what SQLite counts in it.
+        """
+        while True:
+            header = database.wal_header()
+            committed_frames = database.committed_frames()
+            if header is None:
+                if committed_frames:
+                    raise _wal_damaged(database, 0)
+                none = last_image([])
+                return cls(database, database.committed_page_count(), *none, None)
+            scanner = Scanner(header.cursor())
+            end = HEADER_SIZE + committed_frames * header.frame_size
+            transactions = list(read_transactions(database, scanner, end))
+            if database.wal_header() != header:
+                continue  # it began anew between the two questions; that happens once at most under one lock
+            if scanner.cursor.offset != end:
+                raise _wal_damaged(database, scanner.offset)
+            page_count = transactions[-1].page_count if transactions else database.committed_page_count()
+            return cls(database, page_count, *last_image(transactions), scanner.cursor)
 
     def page(self, page_no: int) -> bytes:
         at = int(np.searchsorted(self.page_nos, page_no))
@@ -73,11 +88,20 @@ class Image:
             yield first, hashes
 
 
-def read_transactions(database: LiveDatabase, scanner: Scanner) -> Iterator[Transaction]:
-    """What the scanner finds from its place to the end of the WAL, read in pieces."""
+def read_transactions(database: LiveDatabase, scanner: Scanner, end: int | None = None) -> Iterator[Transaction]:
+    """What the scanner finds from its place to the byte ``end`` of the WAL, or to where its frames end, read in pieces."""
     while True:
         before = scanner.offset
-        chunk = database.read_wal(before, CHUNK_BYTES)
+        length = CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - before)
+        if length <= 0:
+            return
+        chunk = database.read_wal(before, length)
         yield from scanner.feed(chunk)
         if scanner.offset == before or len(chunk) < CHUNK_BYTES:
             return
+
+
+def _wal_damaged(database: LiveDatabase, offset: int) -> DatabaseError:
+    return DatabaseError(
+        f"{database.path}-wal is damaged at byte {offset}, where SQLite counts a commit; check the disk, and the database with integrity_check"
+    )

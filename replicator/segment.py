@@ -6,14 +6,13 @@ decides which pages belong into a segment.
 
 from __future__ import annotations
 
-import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import xor
-from typing import BinaryIO, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 import xxhash
@@ -306,12 +305,6 @@ class SegmentReader:
     def from_bytes(cls, data: bytes, *, name: str = "segment") -> SegmentReader:
         """A whole segment in memory."""
         return cls(lambda offset, length: data[offset : offset + length], len(data), tail=len(data), name=name)
-
-    @classmethod
-    def from_file(cls, file: BinaryIO, *, tail: int = DEFAULT_TAIL, name: str = "segment") -> SegmentReader:
-        """A segment in a file that the caller opened, and closes when it is done; threads may share it."""
-        fd = file.fileno()
-        return cls(lambda at, length: os.pread(fd, length, at), os.fstat(fd).st_size, tail=tail, name=name)
 
     @property
     def header(self) -> SegmentHeader:

@@ -10,23 +10,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from pathlib import Path
 
 from replicator import failpoints
 from replicator.errors import FormatError, ObjectMissing, PreconditionFailed, ReplicatorError, StoreError
 from replicator.layout import SegmentRef, timeline_key
 from replicator.replica import decode_timeline
+from replicator.scheduler import Crew
 from replicator.segment import HEADER_SIZE, read_header
 from replicator.spool import Spool
 from replicator.store import ObjectStore
-from replicator.values import Timeline, format_time
+from replicator.values import Position, Timeline, format_time
 
 log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 4
 FIRST_RETRY_S = 0.5
-MAX_RETRY_S = 30.0
+MAX_RETRY_S = 10.0
 _COMPARE_BYTES = 4 * 1024 * 1024
 
 
@@ -41,9 +41,10 @@ class Shipper:
         self,
         spool: Spool,
         store: ObjectStore,
-        pool: Executor,
+        pool: Crew,
         changed: Callable[[], None],
         *,
+        now_ms: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """changed: called whenever a segment has arrived or failed, from an uploading thread."""
@@ -51,9 +52,13 @@ class Shipper:
         self._store = store
         self._pool = pool
         self._changed = changed
+        self._now_ms = now_ms
         self._monotonic = monotonic
         self._guard = threading.Lock()
         self._in_flight: set[SegmentRef] = set()
+        self._proving = False
+        self._era = 0  # what was begun for a timeline before this one says nothing of it
+        self._arrived_ms: dict[int, int] = {}  # commit times by txid, of what arrived before something older
         self._proven: int | None = None
         self._retry_s = FIRST_RETRY_S
         self._not_before = 0.0
@@ -72,24 +77,31 @@ class Shipper:
             wait_s = self._not_before - self._monotonic()
             if wait_s > 0:
                 return wait_s
-            for ref in self._spool.waiting():
+            waiting = self._spool.waiting()
+            if not waiting and self._proven != timeline.number and not self._proving:
+                self._proving = True
+                self._pool.submit(self._prove, timeline, self._era)
+            for ref in waiting:
                 if len(self._in_flight) >= UPLOADS_AT_ONCE:
                     break
                 if ref not in self._in_flight:
                     self._in_flight.add(ref)
-                    self._pool.submit(self._upload, ref, timeline)
+                    self._pool.submit(self._upload, ref, timeline, self._era)
             return None
 
-    def durable_txid(self, captured_txid: int) -> int:
-        """Everything up to this txid is in the store."""
+    def durable(self, captured: Position) -> Position | None:
+        """Everything up to there is in the store; None while it is not known whether the store has this timeline at all."""
+        if self._proven != captured.timeline:
+            return None
         waiting = self._spool.waiting()
-        return waiting[0].first - 1 if waiting else captured_txid
+        return Position(captured.timeline, waiting[0].first - 1) if waiting else captured
 
-    def begin_timeline(self) -> None:
-        """Forget what is known of the timeline before."""
+    def begin_timeline(self, timeline: Timeline) -> None:
+        """Whose record was just written. Forget what is known of the one before."""
         with self._guard:
+            self._era += 1
             self.diverged = None
-            self._proven = None
+            self._proven = timeline.number
 
     @property
     def idle(self) -> bool:
@@ -98,32 +110,57 @@ class Shipper:
 
     # -- in the pool ---------------------------------------------------------------------------------------------------
 
-    def _upload(self, ref: SegmentRef, timeline: Timeline) -> None:
-        path = self._spool.path(ref)
+    def _upload(self, ref: SegmentRef, timeline: Timeline, era: int) -> None:
         try:
-            self._prove_timeline(timeline)
-            header = read_header(_head(path))
-            failpoints.reach("before-upload")
-            self._put(ref, path)
-            failpoints.reach("after-upload")
-            self._spool.mark_shipped(ref)
-            self._succeeded(header.last_commit_ms, ref)
-        except Diverged as diverged:
-            self.diverged = diverged
-        except StoreError as error:
-            self._failed(error)
-        except (OSError, FormatError) as error:
-            # The spool's own file is damaged or gone. The database still has all of it, so a new timeline heals this.
-            self.diverged = Diverged(f"{path}: {error}")
+            self._try(lambda: self._take_to_store(ref, timeline), era)
         finally:
             with self._guard:
                 self._in_flight.discard(ref)
             self._changed()
 
+    def _prove(self, timeline: Timeline, era: int) -> None:
+        """With nothing to upload, the store is asked all the same, once: somebody may have emptied it."""
+        try:
+            if self._try(lambda: self._prove_timeline(timeline), era):
+                self._unblocked()
+        finally:
+            self._proving = False
+            self._changed()
+
+    def _try(self, work: Callable[[], None], era: int) -> bool:
+        try:
+            work()
+            return True
+        except Diverged as diverged:
+            with self._guard:
+                if era == self._era:
+                    self.diverged = diverged
+        except StoreError as error:
+            self._failed(error)
+        except OSError as error:
+            self._failed(StoreError(f"a segment cannot be read for its upload: {error}"))
+        except Exception as error:  # the loop of an upload: what nobody foresaw must not end in silence, nor run hot
+            log.exception("an upload failed in a way that nobody foresaw; it is tried again")
+            self._failed(StoreError(f"an upload failed: {error!r}"))
+        return False
+
+    def _take_to_store(self, ref: SegmentRef, timeline: Timeline) -> None:
+        path = self._spool.path(ref)
+        if self._proven != timeline.number:
+            self._prove_timeline(timeline)
+        try:
+            header = read_header(_head(path))
+        except (FormatError, FileNotFoundError) as error:
+            # The database still has all of it, so a new timeline heals this.
+            raise Diverged(f"{path} is damaged or gone: {error}") from error
+        failpoints.reach("before-upload")
+        self._put(ref, path)
+        failpoints.reach("after-upload")
+        if self._spool.mark_shipped(ref):
+            self._succeeded(header.last_commit_ms, ref)
+
     def _prove_timeline(self, timeline: Timeline) -> None:
         """Once per timeline and process: the store's record of it is the one that this writer made."""
-        if self._proven == timeline.number:
-            return
         try:
             record = decode_timeline(self._store.get(timeline_key(timeline.number)))
         except ObjectMissing:
@@ -157,23 +194,34 @@ class Shipper:
         return True
 
     def _succeeded(self, commit_ms: int, ref: SegmentRef) -> None:
+        waiting = self._spool.waiting()
         with self._guard:
+            self._arrived_ms[ref.last] = commit_ms
+            gapless = [txid for txid in self._arrived_ms if not waiting or txid < waiting[0].first]
+            self.durable_commit_ms = max(self.durable_commit_ms, *(self._arrived_ms.pop(txid) for txid in gapless), 0)
+            self.lag_s = max(0.0, (self._now_ms() - commit_ms) / 1000)
+            self.shipped_segments += 1
+            self.shipped_bytes += ref.size_bytes
+        self._unblocked()
+        log.debug("shipped %s to %s, last commit %s", ref.key, self._store.url, format_time(commit_ms))
+
+    def _unblocked(self) -> None:
+        with self._guard:
+            if self.problem is not None:
+                log.info("uploads to %s go on", self._store.url)
             self.problem = None
             self._retry_s = FIRST_RETRY_S
             self._not_before = 0.0
-            self.durable_commit_ms = max(self.durable_commit_ms, commit_ms)
-            self.lag_s = max(0.0, time.time() - commit_ms / 1000)
-            self.shipped_segments += 1
-            self.shipped_bytes += ref.size_bytes
-        log.debug("shipped %s of %s, last commit %s", ref.key, self._store.url, format_time(commit_ms))
 
     def _failed(self, error: StoreError) -> None:
+        """Back off, once for all uploads that fail together."""
         with self._guard:
             if self.problem is None:
                 log.warning("uploads stand still: %s", error)
             self.problem = error
-            self._not_before = self._monotonic() + self._retry_s
-            self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
+            if self._monotonic() >= self._not_before:
+                self._not_before = self._monotonic() + self._retry_s
+                self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
 
 
 def _head(path: Path) -> bytes:

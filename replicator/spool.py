@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec
 import xxhash
 
 from replicator import durable, failpoints
-from replicator.errors import DatabaseNotReplicable, LocalStateDamaged, SegmentDamaged, SegmentVersionUnknown
+from replicator.errors import DatabaseError, DatabaseNotReplicable, LocalStateDamaged, SegmentDamaged, SegmentVersionUnknown
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.pagehash import StateHashes, page_hash
 from replicator.segment import SegmentHeader, SegmentReader, SegmentWriter, Source
@@ -64,23 +65,34 @@ class Spool:
     """One database's folder. The capturing thread appends, the uploads mark as shipped; both may run at once."""
 
     def __init__(self, directory: Path) -> None:
-        """Takes the folder for this process. Raises DatabaseNotReplicable when another replicator has it."""
+        """Takes the folder for this process.
+
+        Raises DatabaseNotReplicable when another replicator has it, DatabaseError when it cannot be made or read.
+        """
         self.directory = directory
+        self.base_txid: int | None = None
         self._waiting = directory / "spool"
         self._kept = directory / "kept"
-        for folder in (self._waiting, self._kept):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = self._take_lock()
-        for unfinished in self._waiting.glob("*.tmp"):
-            unfinished.unlink()
         self._guard = threading.Lock()
-        self._waiting_refs = _refs(self._waiting)
-        self._kept_refs = _refs(self._kept)
+        self._lock = -1
+        try:
+            for folder in (self._waiting, self._kept):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = self._take_lock()
+            for unfinished in (*self._waiting.glob("*.tmp"), *directory.glob(f"{durable.TEMPORARY_PREFIX}*")):
+                unfinished.unlink()
+            self._kept_refs = _refs(self._kept)
+            self._waiting_since = dict.fromkeys(_refs(self._waiting), time.monotonic())
+        except OSError as error:
+            self.close()
+            raise DatabaseError(f"{directory} cannot hold the local state: {error.strerror}; it must be writable") from error
 
     def close(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """An upload that is still under way does not count any more: its segment waits for the next who takes the folder."""
+        with self._guard:
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
     # -- the captured state --------------------------------------------------------------------------------------------
 
@@ -94,8 +106,9 @@ class Spool:
         except FileNotFoundError:
             return None
         captured = _decode_base(data, self.directory)
-        for ref in sorted([*self._kept_refs.values(), *self._waiting_refs.values()], key=lambda ref: ref.last):
-            if ref.last > captured.txid:
+        self.base_txid = captured.txid
+        for ref in sorted([*self._kept_refs, *self._waiting_since], key=lambda ref: ref.last):
+            if ref.timeline == captured.timeline.number and ref.last > captured.txid:
                 self._apply(captured, ref)
         return captured
 
@@ -104,30 +117,32 @@ class Spool:
         failpoints.reach("before-base-write")
         durable.write_file(self.directory / "base", _encode_base(captured))
         failpoints.reach("after-base-write")
+        self.base_txid = captured.txid
         with self._guard:
-            covered = [ref for ref in self._kept_refs.values() if ref.last <= captured.txid]
-            for ref in covered:
-                del self._kept_refs[ref.last]
-        for ref in covered:
-            (self._kept / ref.file_name).unlink(missing_ok=True)
+            for ref in [ref for ref in self._kept_refs if ref.last <= captured.txid]:
+                (self._kept / ref.file_name).unlink(missing_ok=True)
+                self._kept_refs.remove(ref)
 
     def base_is_due(self, captured: Captured) -> bool:
-        """Whether what is kept outweighs the base, so that a new one is worth its writing."""
+        """Whether the segments after the base outweigh it, so that a new one is worth its writing."""
         with self._guard:
-            kept_bytes = sum(ref.size_bytes for ref in self._kept_refs.values())
-            return len(self._kept_refs) > _KEPT_SEGMENTS or kept_bytes > max(
-                _KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count
-            )
+            after = [ref for ref in (*self._kept_refs, *self._waiting_since) if ref.last > (self.base_txid or 0)]
+            superfluous = len(self._kept_refs) > _KEPT_SEGMENTS
+        after_bytes = sum(ref.size_bytes for ref in after)
+        heavy = after_bytes > max(_KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count)
+        return superfluous or len(after) > _KEPT_SEGMENTS or heavy
 
     def discard(self) -> None:
         """Forget all of it: the database starts a new timeline with a snapshot. What was not shipped yet is still in the database."""
+        self.base_txid = None
         with self._guard:
-            self._waiting_refs.clear()
+            (self.directory / "base").unlink(missing_ok=True)
+            durable.fsync_dir(self.directory)
+            for folder in (self._waiting, self._kept):
+                for file in folder.iterdir():
+                    file.unlink(missing_ok=True)
+            self._waiting_since.clear()
             self._kept_refs.clear()
-        for folder in (self._waiting, self._kept):
-            for file in folder.iterdir():
-                file.unlink(missing_ok=True)
-        (self.directory / "base").unlink(missing_ok=True)
 
     # -- segments ------------------------------------------------------------------------------------------------------
 
@@ -150,28 +165,39 @@ class Spool:
             raise
         ref = replace(ref, size_bytes=size_bytes)
         with self._guard:
-            self._waiting_refs[ref.last] = ref
+            self._waiting_since[ref] = time.monotonic()
         failpoints.reach("after-spool-write")
         return ref
 
     def waiting(self) -> list[SegmentRef]:
         """Segments that are not in the store yet, in order."""
         with self._guard:
-            return list(self._waiting_refs.values())
+            return list(self._waiting_since)
 
     def path(self, ref: SegmentRef) -> Path:
         """The file of a waiting segment."""
         return self._waiting / ref.file_name
 
-    def mark_shipped(self, ref: SegmentRef) -> None:
-        (self._waiting / ref.file_name).rename(self._kept / ref.file_name)
+    def mark_shipped(self, ref: SegmentRef) -> bool:
+        """It is in the store. False when it does not wait here any more: it was discarded meanwhile, or the spool closed."""
         with self._guard:
-            self._kept_refs[ref.last] = self._waiting_refs.pop(ref.last)
+            if self._lock < 0 or ref not in self._waiting_since:
+                return False
+            (self._waiting / ref.file_name).rename(self._kept / ref.file_name)
+            del self._waiting_since[ref]
+            self._kept_refs.append(ref)
         failpoints.reach("after-upload-recorded")
+        return True
 
     def waiting_bytes(self) -> int:
         with self._guard:
-            return sum(ref.size_bytes for ref in self._waiting_refs.values())
+            return sum(ref.size_bytes for ref in self._waiting_since)
+
+    def waiting_s(self) -> float:
+        """For how long the oldest segment has waited; 0 when none does. Of one that was there at the start, since then."""
+        with self._guard:
+            oldest = next(iter(self._waiting_since.values()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -208,10 +234,10 @@ class Spool:
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
 
 
-def _refs(folder: Path) -> dict[int, SegmentRef]:
-    """The segments in a folder by their last txid, in order."""
+def _refs(folder: Path) -> list[SegmentRef]:
+    """The segments in a folder, in order."""
     refs = (SegmentRef.from_file_name(file.name, file.stat().st_size) for file in folder.iterdir())
-    return {ref.last: ref for ref in sorted((ref for ref in refs if ref), key=lambda ref: ref.last)}
+    return sorted((ref for ref in refs if ref), key=lambda ref: (ref.last, ref.timeline))
 
 
 def _read_at(file: BinaryIO) -> Callable[[int, int], bytes]:

@@ -10,16 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from replicator import origin
 from replicator.capture import Capture, CaptureSettings, NeedsTimeline
-from replicator.errors import DatabaseError, DatabaseMissing, ReplicatorError, StoreError, SyncTimeout
+from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.pace import Pace
 from replicator.replica import Replica
+from replicator.scheduler import Crew
 from replicator.ship import Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
@@ -28,7 +28,7 @@ from replicator.values import Position
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-MAX_RETRY_S = 60.0
+MAX_RETRY_S = 15.0
 CATCHING_UP_AFTER_S = 5.0
 
 
@@ -89,29 +89,38 @@ class DatabaseWorker:
         path: Path,
         store: ObjectStore,
         state_directory: Path,
-        uploads: Executor,
+        uploads: Crew,
         settings: WorkerSettings,
         wake: Callable[[DatabaseWorker], None],
         *,
         writer: str,
         now_ms: Callable[[], int],
+        register: Callable[[], object] = lambda: None,
     ) -> None:
+        """register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError."""
         self.path = path
         self._store = store
         self._settings = settings
         self._writer = writer
         self._now_ms = now_ms
+        self._register = register
         self._spool = Spool(state_directory)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
-        self._shipper = Shipper(self._spool, store, uploads, self._on_upload)
+        self._shipper = Shipper(self._spool, store, uploads, self._on_upload, now_ms=now_ms)
         self._wake = wake
-        self._problem: ReplicatorError | OSError | None = None
+        self._begun: origin.Origin | None = None
+        self._problem: Exception | None = None
+        self._spool_full = False
         self._retry_s = RETRY_S
+        self._not_before = 0.0
+        self._quiet_until = 0.0
         self._steps_begun = 0
-        self._steps_done = 0
-        self._urgent = False
+        self._stepping = False
+        self._captured_step = 0  # the last step that captured everything there was
+        self._captured_for = 0  # the timeline that it captured for
+        self._wanted_step = 0  # the step that somebody waits for, so that it must not be put off
         self._closed = False
 
     # -- the loop's body -----------------------------------------------------------------------------------------------
@@ -119,35 +128,71 @@ class DatabaseWorker:
     def step(self) -> float | None:
         """Capture and ship what can be. Seconds until the next call, None to wait for ``wake``."""
         with self._changed:
+            if self._closed:
+                return None
+            self._stepping = True
             self._steps_begun += 1
-            step, self._urgent, urgent = self._steps_begun, False, self._urgent
-        if self._closed:
-            return None
         try:
-            wait_s = self._capture_some(urgent)
-            self._note_problem(None)
-        except (ReplicatorError, OSError) as error:
-            self._note_problem(error)
-            wait_s = self._retry_s
-            self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
-            self._let_go_if_hopeless()
-        else:
-            self._retry_s = RETRY_S
+            return _sooner(self._capture_in_turn(self._steps_begun), self._ship())
         finally:
             with self._changed:
-                self._steps_done = step
+                self._stepping = False
+                if self._closed:
+                    self._close()
                 self._changed.notify_all()
-        return _sooner(wait_s, self._ship())
 
-    def _capture_some(self, urgent: bool) -> float | None:
-        if self._spool.waiting_bytes() > self._settings.spool_limit_bytes:
-            self._capture.let_go()
-            raise DatabaseError(
-                f"{self.path}: {self._settings.spool_limit_bytes >> 20} MiB wait for the store; capturing pauses"
-            )
-        pause_s = self._pace.wait_s()
-        if pause_s > 0 and not urgent:
+    def touched(self) -> None:
+        """A file event. It costs nothing while a step is due soon anyway."""
+        if time.monotonic() >= self._quiet_until:
+            self._wake(self)
+
+    def _capture_in_turn(self, step: int) -> float | None:
+        """Capture, unless the pace or a failure says later. Seconds until then."""
+        now = time.monotonic()
+        pause_s = 0.0 if self._captured_step < self._wanted_step else self._pace.wait_s()
+        pause_s = max(pause_s, self._not_before - now)
+        if pause_s > 0:
+            self._quiet_until = now + pause_s
             return pause_s
+        try:
+            if self._is_spool_full():
+                return None  # the uploads wake it
+            wait_s = self._capture_some()
+        except (DatabaseMissing, NotADatabase) as error:
+            self._note_problem(error)
+            return None  # what changes that is an event
+        except (ReplicatorError, OSError) as error:
+            return self._back_off(error)
+        except Exception as error:  # what nobody foresaw must show in the status, too
+            log.exception("%s: a step failed in a way that nobody foresaw; it is tried again", self.path)
+            return self._back_off(DatabaseError(f"{self.path}: internal error, see the log: {error!r}"))
+        self._retry_s = RETRY_S
+        with self._changed:
+            self._note_problem(None)
+            self._captured_step = step
+            self._captured_for = self._capture.timeline.number if self._capture.timeline else 0
+        return wait_s
+
+    def _back_off(self, error: Exception) -> float:
+        self._note_problem(error)
+        wait_s = self._retry_s
+        self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
+        self._not_before = self._quiet_until = time.monotonic() + wait_s
+        self._let_go_if_hopeless()
+        return wait_s
+
+    def _is_spool_full(self) -> bool:
+        """Beyond its limit capturing pauses, until half of it is free: each return to the database costs a comparison."""
+        limit = self._settings.spool_limit_bytes
+        if self._spool.waiting_bytes() <= (limit // 2 if self._spool_full else limit):
+            self._spool_full = False
+            return False
+        self._spool_full = True
+        self._capture.let_go()
+        self._note_problem(DatabaseError(f"{self.path}: over {_size(limit)} wait for the store; capturing pauses"))
+        return True
+
+    def _capture_some(self) -> float | None:
         before = self._capture.position
         if self._shipper.diverged is not None:
             self._begin_timeline(NeedsTimeline(str(self._shipper.diverged), None))
@@ -161,16 +206,21 @@ class DatabaseWorker:
         return wait_s
 
     def _begin_timeline(self, need: NeedsTimeline) -> None:
-        begun = origin.new_timeline(
-            Replica(self._store), need.known, writer=self._writer, reason=need.reason, now_ms=self._now_ms()
-        )
+        """A record that was written for a try that failed locally is used by the next one."""
+        if self._begun is None:
+            self._register()
+            self._begun = origin.new_timeline(
+                Replica(self._store), need.known, writer=self._writer, reason=need.reason, now_ms=self._now_ms()
+            )
+        begun = self._begun
         self._capture.begin_timeline(begun.timeline, begun.txid, begun.known, keep_waiting=begun.known is not None)
-        self._shipper.begin_timeline()
+        self._shipper.begin_timeline(begun.timeline)
+        self._begun = None
         log.info("%s goes on as timeline %d: %s", self.path, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
         timeline = self._capture.timeline
-        return self._shipper.kick(timeline) if timeline else None
+        return self._shipper.kick(timeline) if timeline and not self._closed else None
 
     def _let_go_if_hopeless(self) -> None:
         """While nothing can be captured, the WAL must not grow without end."""
@@ -178,7 +228,7 @@ class DatabaseWorker:
             log.warning("%s: its WAL may start anew, as nothing can be captured", self.path)
             self._capture.let_go()
 
-    def _note_problem(self, problem: ReplicatorError | OSError | None) -> None:
+    def _note_problem(self, problem: Exception | None) -> None:
         if problem is not None and str(problem) != str(self._problem):
             level = logging.INFO if isinstance(problem, DatabaseMissing) else logging.WARNING
             log.log(level, "%s", problem)
@@ -187,29 +237,65 @@ class DatabaseWorker:
         self._problem = problem
 
     def _on_upload(self) -> None:
+        """In an uploading thread: what waits goes on at once; what needs the step is left to it."""
         with self._changed:
             self._changed.notify_all()
-        if self._shipper.problem is not None or self._shipper.diverged is not None or self._spool.waiting():
+        if self._shipper.problem or self._shipper.diverged or self._spool_full:
             self._wake(self)
+        else:
+            self._ship()
 
     # -- for other threads ---------------------------------------------------------------------------------------------
 
     def sync(self, timeout_s: float) -> Position:
-        """Wait until everything that was committed before the call is durable, and return that position. Raises SyncTimeout."""
+        """Wait until everything that was committed before the call is durable, and return that position.
+
+        Raises SyncTimeout; DatabaseMissing or NotADatabase when there is no database, once what was captured of it is durable.
+        """
         deadline = time.monotonic() + timeout_s
+        while True:
+            step = self._ask_for_step()
+            self._wake(self)
+            with self._changed:
+                missing = self._wait_captured(step, deadline, timeout_s)
+                target = self._capture.position
+                if target is not None and not self._wait_durable(target, deadline, timeout_s):
+                    continue  # it goes on as another timeline; what was captured for that one counts
+            if missing is not None:
+                raise missing
+            if target is not None:
+                return target
+
+    def _ask_for_step(self) -> int:
+        """A step that begins after now; neither the pace nor a failure before the call puts it off."""
         with self._changed:
-            wanted = self._steps_begun + 1
-            self._urgent = True
-        self._wake(self)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._steps_done >= wanted and not self._problem, timeout_s):
-                raise SyncTimeout(f"{self.path} could not be captured within {timeout_s:g} s{self._because()}")
-            target = self._capture.position
-            if target is None:
-                raise SyncTimeout(f"{self.path} has no timeline yet{self._because()}")
-            if not self._changed.wait_for(lambda: self._durable() >= target, max(0.0, deadline - time.monotonic())):
-                raise SyncTimeout(f"{self.path} is not durable after {timeout_s:g} s{self._because()}")
-        return target
+            self._wanted_step = self._steps_begun + 1
+            self._not_before = 0.0
+            return self._wanted_step
+
+    def _wait_captured(self, step: int, deadline: float, timeout_s: float) -> Exception | None:
+        def is_missing() -> bool:
+            return self._steps_begun >= step and not self._stepping and _is_absence(self._problem)
+
+        left_s = max(0.0, deadline - time.monotonic())
+        if not self._changed.wait_for(lambda: self._captured_step >= step or is_missing(), left_s):
+            raise SyncTimeout(f"{self.path} could not be captured within {timeout_s:g} s{self._because()}")
+        return self._problem if is_missing() else None
+
+    def _wait_durable(self, target: Position, deadline: float, timeout_s: float) -> bool:
+        """False when another timeline has begun meanwhile."""
+
+        def left_behind() -> bool:
+            captured = self._capture.position
+            return captured is not None and captured.timeline != target.timeline
+
+        def done() -> bool:
+            durable = self._durable()
+            return left_behind() or (durable is not None and durable >= target)
+
+        if not self._changed.wait_for(done, max(0.0, deadline - time.monotonic())):
+            raise SyncTimeout(f"{self.path} is not durable after {timeout_s:g} s{self._because()}")
+        return not left_behind()
 
     def status(self) -> DatabaseStatus:
         captured = self._capture.position
@@ -223,7 +309,7 @@ class DatabaseWorker:
             reason=reason,
             lag_s=self._lag_s(),
             captured=captured,
-            durable=self._durable() if captured else None,
+            durable=self._durable(),
             durable_ms=self._durable_ms(),
             waiting_segments=len(waiting),
             waiting_bytes=sum(ref.size_bytes for ref in waiting),
@@ -234,40 +320,62 @@ class DatabaseWorker:
             barrier_s=figures.barrier_s,
         )
 
-    def close(self) -> None:
-        """Not while ``step`` runs. What waits stays in the spool for the next start."""
-        self._closed = True
-        self._capture.close()
-        self._spool.close()
+    @property
+    def is_finished(self) -> bool:
+        """Whether the database is gone, and everything that was captured of it is in the store."""
+        return isinstance(self._problem, DatabaseMissing) and not self._spool.waiting() and self._shipper.idle
 
-    def _durable(self) -> Position:
+    def close(self) -> None:
+        """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now."""
+        with self._changed:
+            if not self._closed and not self._stepping:
+                self._close()
+            self._closed = True
+
+    def _close(self) -> None:
+        try:
+            self._capture.close()
+        except (ReplicatorError, OSError) as error:
+            log.warning("%s: its local state could not be brought up to date: %s", self.path, error)
+        finally:
+            self._spool.close()
+
+    def _durable(self) -> Position | None:
         captured = self._capture.position
-        if captured is None:
-            return Position(0, 0)
-        return Position(captured.timeline, self._shipper.durable_txid(captured.txid))
+        return self._shipper.durable(captured) if captured else None
 
     def _durable_ms(self) -> int:
         return self._shipper.durable_commit_ms if self._spool.waiting() else self._capture.last_commit_ms
 
     def _lag_s(self) -> float:
-        if not self._spool.waiting():
-            return self._shipper.lag_s
-        since_ms = self._shipper.durable_commit_ms or self._capture.last_commit_ms
-        return max(0.0, (self._now_ms() - since_ms) / 1000)
+        return self._spool.waiting_s() or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
         problem = self._problem or self._shipper.problem or self._shipper.diverged
         if problem is not None:
             return Protection.NOT_PROTECTED, str(problem)
-        if self._capture.position is None:
-            return Protection.CATCHING_UP, "first snapshot"
-        if self._spool.waiting() and self._lag_s() > CATCHING_UP_AFTER_S:
-            return Protection.CATCHING_UP, f"{len(self._spool.waiting())} segments wait for upload"
+        timeline, waiting = self._capture.timeline, self._spool.waiting()
+        if timeline is None or self._captured_for != timeline.number:
+            return Protection.CATCHING_UP, "the database is read and compared"
+        if any(ref.is_snapshot for ref in waiting):
+            return Protection.CATCHING_UP, "a snapshot waits for upload"
+        if self._durable() is None:
+            return Protection.CATCHING_UP, "the replica is looked at"
+        if waiting and self._lag_s() > CATCHING_UP_AFTER_S:
+            return Protection.CATCHING_UP, f"{len(waiting)} segments wait for upload"
         return Protection.PROTECTED, ""
 
     def _because(self) -> str:
         reason = self._protection()[1]
         return f": {reason}" if reason else ""
+
+
+def _is_absence(problem: Exception | None) -> bool:
+    return isinstance(problem, (DatabaseMissing, NotADatabase))
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes >> 20} MiB" if size_bytes >= 1 << 20 else f"{size_bytes} bytes"
 
 
 def _sooner(one: float | None, other: float | None) -> float | None:

@@ -6,12 +6,11 @@ Owns every use of boto3 and the translation of its failures. Never tries again (
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
-import io
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +34,15 @@ from replicator.errors import (
     UsageError,
 )
 from replicator.store import ObjectInfo, check_key, check_prefix, is_key, joined
+from replicator.store.multipart import Multipart, Upload, etag_of, quoted
 from replicator.store.retry import Retrying
 
 KEYS_PER_DELETE = 1000
-MAX_PARTS = 10_000
 DEFAULT_REGION = "us-east-1"
+USER_AGENT = f"minipaas-replicator boto3/{boto3.__version__}"
 
 _EXPECT_ABOVE_BYTES = 1 << 20
+_HASH_BYTES = 1 << 20
 _MAX_DETAIL_CHARS = 200
 
 _UNAVAILABLE_CODES = {
@@ -84,15 +85,6 @@ class S3Access:
     read_timeout_s: float = 30.0
 
 
-@dataclass(frozen=True)
-class Multipart:
-    """When and how a file is sent in parts. part_bytes: at least 5 MiB on AWS; more where 10,000 parts are too few."""
-
-    threshold_bytes: int = 64 << 20
-    part_bytes: int = 16 << 20
-    parallel: int = 4
-
-
 class S3Store:
     """Objects below ``prefix`` ('' or ending in /) of a bucket. Nothing is sent, no client is made before the first call.
 
@@ -125,8 +117,10 @@ class S3Store:
         try:
             etag, size_bytes = self._send(full, body, condition)
         except ObjectMissing as error:
-            # AWS answers a conditional overwrite of nothing with 404.
-            raise PreconditionFailed(str(error)) from error
+            if if_match is not None:
+                # AWS answers a conditional overwrite of nothing with 404.
+                raise PreconditionFailed(str(error)) from error
+            raise StoreError(f"{error}, which is no answer to a PUT; is the endpoint right?") from error
         return ObjectInfo(key, size_bytes, etag)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
@@ -147,13 +141,13 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo:
         answer = self._bucket.head(self._full(key))
-        return ObjectInfo(key, int(answer["ContentLength"]), _etag(answer))
+        return ObjectInfo(key, int(answer["ContentLength"]), etag_of(answer))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects with keys that break the rule for keys (other programs', markers of folders) are left out."""
         skip = len(self._prefix)
         items = self._bucket.contents(self._prefix + check_prefix(prefix))
-        found = (ObjectInfo(item["Key"][skip:], int(item["Size"]), _etag(item)) for item in items)
+        found = (ObjectInfo(item["Key"][skip:], int(item["Size"]), etag_of(item)) for item in items)
         return _in_key_order((info for info in found if is_key(info.key)), prefix.rfind("/") + 1)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -162,8 +156,7 @@ class S3Store:
             self._bucket.delete(full[start : start + KEYS_PER_DELETE])
 
     def sub(self, prefix: str) -> S3Store:
-        below = S3Store.__new__(S3Store)
-        below.__dict__.update(self.__dict__)
+        below = copy.copy(self)
         below._prefix = joined(self._prefix, prefix)
         return below
 
@@ -173,13 +166,13 @@ class S3Store:
     def _send(self, full: str, body: bytes | Path, condition: dict[str, str]) -> tuple[str, int]:
         """Etag and size."""
         if isinstance(body, bytes):
-            return _etag(self._bucket.call("put_object", full, Body=body, **condition)), len(body)
+            return self._bucket.store("put_object", full, Body=body, **condition), len(body)
         with _open(body) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes > self._multipart.threshold_bytes:
-                upload = _Upload(self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying)
+                upload = Upload(self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying)
                 return upload.run(condition), size_bytes
-            return _etag(self._bucket.call("put_object", full, Body=file, **condition)), size_bytes
+            return self._bucket.store("put_object", full, Body=file, **condition), size_bytes
 
 
 class _Bucket:
@@ -203,11 +196,25 @@ class _Bucket:
             answer: dict[str, Any] = getattr(_client(self._access), operation)(Bucket=self.name, **parameters)
         except _FOREIGN as error:
             translated = _translated(error, what)
-            if key is None and isinstance(translated, ObjectMissing):
-                translated = _bucket_missing(what)
+            if isinstance(translated, ObjectMissing):
+                if key is None:
+                    raise _bucket_missing(what) from error
+                self._check_bucket(error)
             raise translated from error
         self._seen = True
         return answer
+
+    def _check_bucket(self, error: Exception) -> None:
+        """Raises BucketMissing. A 404 without S3's code, as for every HEAD, does not say what is missing."""
+        if not self._seen and _code_of(error) != "NoSuchKey":
+            self.call("head_bucket")
+
+    def store(self, operation: str, key: str, **parameters: Any) -> str:
+        """A call that stores the object; its etag, without which the answer is not taken for a success."""
+        etag = etag_of(self.call(operation, key, **parameters))
+        if not etag:
+            raise StoreUnavailable(f"{operation} {self.url(key)}: the answer is not that of an S3 server")
+        return etag
 
     def read(self, key: str, wanted: str | None) -> tuple[bool, bytes]:
         """Whether it is only the range, and the bytes."""
@@ -217,25 +224,26 @@ class _Bucket:
                 data: bytes = body.read()
         except _FOREIGN as error:
             raise _translated(error, f"get_object {self.url(key)}") from error
-        if len(data) != int(answer["ContentLength"]):
-            raise StoreUnavailable(f"get_object {self.url(key)}: {len(data)} of {answer['ContentLength']} bytes came")
+        expected = answer.get("ContentLength", len(data))
+        if len(data) != expected:
+            raise StoreUnavailable(f"get_object {self.url(key)}: {len(data)} of {expected} bytes came")
         return answer["ResponseMetadata"]["HTTPStatusCode"] == 206, data
 
     def head(self, key: str) -> dict[str, Any]:
-        try:
-            return self.call("head_object", key)
-        except ObjectMissing:
-            # The answer to a HEAD has no body, which would tell a missing object from a missing bucket.
-            if not self._seen:
-                self.call("head_bucket")
-            raise
+        answer = self.call("head_object", key)
+        if "ContentLength" not in answer:
+            raise StoreUnavailable(f"head_object {self.url(key)}: the answer is not that of an S3 server")
+        return answer
 
     def contents(self, prefix: str) -> Iterator[dict[str, Any]]:
         parameters: dict[str, str] = {}
         while True:
             page = self.call("list_objects_v2", Prefix=prefix, **parameters)
+            if "IsTruncated" not in page:
+                # An empty page of something else (a proxy, a portal) must not pass for an empty bucket.
+                raise StoreUnavailable(f"list_objects_v2 {self.url(prefix)}: the answer is not that of an S3 server")
             yield from page.get("Contents", ())
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             if not page.get("NextContinuationToken"):
                 raise StoreError(f"list_objects_v2 {self.url(prefix)}: the server sent a part and not how to go on")
@@ -261,103 +269,6 @@ class _Bucket:
             first, rest = errors[0], f" and {len(errors) - 1} more" if len(errors) > 1 else ""
             what = f"delete_objects {self.url(str(first.get('Key', '')))}{rest}"
             raise _of_code(str(first.get("Code", "")), 0, str(first.get("Message", "")), what)
-
-
-class _Upload:
-    """One file sent in parts: all of it appears at once, when the last call succeeds, or nothing does."""
-
-    def __init__(
-        self, bucket: _Bucket, key: str, descriptor: int, size_bytes: int, multipart: Multipart, retrying: Retrying
-    ) -> None:
-        self._bucket = bucket
-        self._key = key
-        self._descriptor = descriptor
-        self._size_bytes = size_bytes
-        self._part_bytes = max(multipart.part_bytes, -(-size_bytes // MAX_PARTS))
-        self._parallel = multipart.parallel
-        self._retrying = retrying
-
-    def run(self, condition: dict[str, str]) -> str:
-        """The etag of the whole."""
-        self._refuse_early(condition)
-        upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key)["UploadId"]}
-        try:
-            parts = {"Parts": self._send_all(upload)}
-            return _etag(
-                self._bucket.call("complete_multipart_upload", self._key, MultipartUpload=parts, **upload, **condition)
-            )
-        except BaseException:
-            # What was raised matters more than parts left behind, which a lifecycle rule of the bucket removes.
-            with suppress(StoreError):
-                self._bucket.call("abort_multipart_upload", self._key, **upload)
-            raise
-
-    def _refuse_early(self, condition: dict[str, str]) -> None:
-        """The condition is judged at the end; who has lost already should not send gigabytes first."""
-        if not condition:
-            return
-        try:
-            etag = _etag(self._bucket.head(self._key))
-        except ObjectMissing:
-            if "IfMatch" in condition:
-                raise
-            return
-        if "IfNoneMatch" in condition or condition["IfMatch"] != _quoted(etag):
-            raise PreconditionFailed(f"{self._bucket.url(self._key)} exists already or has changed")
-
-    def _send_all(self, upload: dict[str, str]) -> list[dict[str, Any]]:
-        numbers = range(1, -(-self._size_bytes // self._part_bytes) + 1)
-        with ThreadPoolExecutor(self._parallel, thread_name_prefix="s3-part") as pool:
-            futures = [pool.submit(self._send_part, number, upload) for number in numbers]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                for future in futures:
-                    future.cancel()
-            for future in futures:
-                if not future.cancelled() and (error := future.exception()) is not None:
-                    raise error
-            return [future.result() for future in futures]
-
-    def _send_part(self, number: int, upload: dict[str, str]) -> dict[str, Any]:
-        offset = (number - 1) * self._part_bytes
-        length = min(self._part_bytes, self._size_bytes - offset)
-
-        def attempt() -> dict[str, Any]:
-            body = _FileSlice(self._descriptor, offset, length)
-            return self._bucket.call("upload_part", self._key, PartNumber=number, Body=body, **upload)
-
-        return {"PartNumber": number, "ETag": self._retrying.run(attempt)["ETag"]}
-
-
-class _FileSlice(io.RawIOBase):
-    """A part of an open file as a file of its own, with its own position, so that parts are read at the same time."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor = descriptor
-        self._offset = offset
-        self._length = length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        count = os.preadv(self._descriptor, [view], self._offset + self._at) if view else 0
-        self._at += count
-        return count
 
 
 # -- clients -----------------------------------------------------------------------------------------------------------
@@ -391,7 +302,8 @@ def _new_client(access: S3Access) -> Any:
     events = client.meta.events
     events.unregister("before-call.s3", add_expect_header)
     events.register("before-call.s3", _expect_for_large_bodies)
-    events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    for operation in ("PutObject", "UploadPart", "DeleteObjects"):
+        events.register(f"before-call.s3.{operation}", _add_content_md5)
     return client
 
 
@@ -405,15 +317,13 @@ def _config(access: S3Access) -> Config:
         retries={"total_max_attempts": 1, "mode": "standard"},
         max_pool_connections=access.max_connections,
         tcp_keepalive=True,
+        # boto3's own, of a dozen parts, is put together and cleaned twice for every request.
+        user_agent=USER_AGENT,
         parameter_validation=False,
-        # Older servers refuse the checksum headers of newer boto3. A signed payload is understood by all, and a body
-        # that was damaged on the way does not have the SHA-256 that was signed.
+        # Older servers refuse the checksum headers of newer boto3. All know Content-MD5, which is sent instead.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        s3={
-            "payload_signing_enabled": True,
-            "addressing_style": "path" if path_style else "auto" if access.path_style is None else "virtual",
-        },
+        s3={"addressing_style": "path" if path_style else "auto" if access.path_style is None else "virtual"},
     )
 
 
@@ -424,9 +334,19 @@ def _expect_for_large_bodies(params: dict[str, Any], **_: Any) -> None:
 
 
 def _add_content_md5(params: dict[str, Any], **_: Any) -> None:
-    """Servers that follow the older documentation of this call refuse it without."""
-    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
-    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+    """A server refuses a body that was damaged on the way. Over https boto3 then does not hash it once more to sign it.
+
+    The signature alone is not enough: SeaweedFS stores a body whose SHA-256 is not the signed one.
+    """
+    body, digest = params["body"], hashlib.md5(usedforsecurity=False)
+    if isinstance(body, bytes):
+        digest.update(body)
+    else:
+        start = body.tell()
+        while chunk := body.read(_HASH_BYTES):
+            digest.update(chunk)
+        body.seek(start)
+    params["headers"]["Content-MD5"] = base64.b64encode(digest.digest()).decode()
 
 
 # -- values and failures -----------------------------------------------------------------------------------------------
@@ -452,7 +372,7 @@ def _condition(if_none_match: bool, if_match: str | None) -> dict[str, str]:
         raise StoreError("if_none_match and if_match exclude each other")
     if if_none_match:
         return {"IfNoneMatch": "*"}
-    return {} if if_match is None else {"IfMatch": _quoted(if_match)}
+    return {} if if_match is None else {"IfMatch": quoted(if_match)}
 
 
 def _range(offset: int, length: int | None) -> str | None:
@@ -461,14 +381,6 @@ def _range(offset: int, length: int | None) -> str | None:
     if length is not None:
         return f"bytes={offset}-{offset + length - 1}"
     return f"bytes={offset}-" if offset else None
-
-
-def _etag(answer: dict[str, Any]) -> str:
-    return str(answer.get("ETag", "")).strip('"')
-
-
-def _quoted(etag: str) -> str:
-    return f'"{etag}"'
 
 
 def _open(path: Path) -> BinaryIO:
@@ -480,8 +392,11 @@ def _open(path: Path) -> BinaryIO:
 
 def _code(error: StoreError) -> str:
     """S3's code of the answer that was translated; '' when there was none."""
-    cause = error.__cause__
-    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, boto_errors.ClientError) else ""
+    return _code_of(error.__cause__)
+
+
+def _code_of(error: BaseException | None) -> str:
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, boto_errors.ClientError) else ""
 
 
 def _translated(error: Exception, what: str) -> StoreError:

@@ -343,8 +343,24 @@ def test_a_damaged_segment_is_named_and_leaves_nothing(
     ref = SegmentRef(1, 9, 1, 1) if txid == 1 else level0(txid)
     replica.damage(ref, change)
     with pytest.raises(SegmentDamaged, match=ref.key):
-        restore(replica.store, target)
+        restore(replica.store, target, RestoreOptions(txid=txid))
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("bit", range(0, 8, 3))
+def test_a_flipped_bit_anywhere_gives_the_same_bytes_or_an_error(
+    replica: ReplicaBuilder, tmp_path: Path, states: list[bytes], bit: int
+) -> None:
+    intact = replica.store.get(level0(5).key)
+    for at in range(bit, len(intact), len(intact) // 40):
+        replica.damage(level0(5), lambda body, at=at: intact[:at] + bytes([intact[at] ^ 1 << bit]) + intact[at + 1 :])  # type: ignore[misc]
+        target = tmp_path / f"{at}.db"
+        try:
+            restore(replica.store, target)
+        except SegmentDamaged:
+            assert not target.exists()
+        else:
+            assert target.read_bytes() == states[-1]
 
 
 def test_a_damaged_segment_tells_what_can_be_restored(replica: ReplicaBuilder, target: Path) -> None:
@@ -461,7 +477,7 @@ class Vanishing:
         self._store = store
         self._keys = [ref.key for ref in gone]
         self._then = then
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __call__(self, operation: str, key: str) -> None:
         with self._lock:

@@ -12,11 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import BinaryIO, Self
 from urllib.parse import urlsplit
 
 _CHUNK_BYTES = 1 << 16
 _IDLE_TIMEOUT_S = 120.0
+_SETTLE_S = 0.5
 _FOREVER = 1 << 60
 
 
@@ -24,7 +26,8 @@ _FOREVER = 1 << 60
 class Request:
     """One that has ended. status: 0 when the client got no answer. forwarded: the server's status; 0 when it gave none.
 
-    at_s: when it arrived; ended_s: when the last byte of the answer was sent; monotonic clock.
+    at_s: when it arrived; ended_s: when the last byte of the answer was sent; monotonic clock. asked_leave: the client
+    waited for "100 Continue" before its body.
     """
 
     method: str
@@ -35,6 +38,7 @@ class Request:
     ended_s: float
     sent_bytes: int
     received_bytes: int
+    asked_leave: bool
 
 
 @dataclass
@@ -56,7 +60,7 @@ class FaultProxy:
 
     Each fault is for the next ``times`` requests (None: until ``heal``) with one of ``methods`` (none: all) and
     ``path_part`` in the path. The fault that was told first comes first. delay_ms: before each request is forwarded; set it
-    at any time.
+    at any time. The server is not needed for what is not forwarded.
     """
 
     def __init__(self, target: str, *, host: str = "127.0.0.1") -> None:
@@ -67,6 +71,8 @@ class FaultProxy:
         self._host = host
         self._port = 0
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._answering = 0
         self._listener: socket.socket | None = None
         self._connections: set[socket.socket] = set()
         self._faults: list[_Fault] = []
@@ -80,8 +86,9 @@ class FaultProxy:
 
     @property
     def log(self) -> list[Request]:
-        """Requests that have ended, in that order."""
-        with self._lock:
+        """Requests that have ended, in that order. A client that has its answer finds its request here."""
+        with self._settled:
+            self._settled.wait_for(lambda: self._answering == 0, _SETTLE_S)
             return list(self._log)
 
     def counts(self) -> Counter[str]:
@@ -108,7 +115,7 @@ class FaultProxy:
     def answer(
         self, status: int, times: int | None = 1, *, code: str = "", methods: Sequence[str] = (), path_part: str = ""
     ) -> None:
-        """Answer with an S3 error document, without asking the server. code: S3's; by default that of the status."""
+        """Answer with an S3 error document (nothing below 300), without asking the server. code: S3's, or the usual one."""
         code = code or {429: "TooManyRequests", 500: "InternalError", 503: "SlowDown"}.get(status, f"Error{status}")
         self._add(_Fault("answer", _times(times), tuple(methods), path_part, status=status, code=code))
 
@@ -178,36 +185,42 @@ class FaultProxy:
             threading.Thread(target=self._serve, args=(client,), name="faultproxy-client", daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        server: socket.socket | None = None
+        pair = _Pair(client, self._connect)
         try:
             self._enter(client)
-            server = socket.create_connection(self._target, timeout=_IDLE_TIMEOUT_S)
-            self._enter(server)
-            pair = _Pair(client, server)
             while self._serve_one(pair):
                 pass
         except OSError:
             pass
         finally:
-            for connection in (client, server):
-                if connection is not None:
-                    with self._lock:
-                        self._connections.discard(connection)
-                    _close(connection)
+            for connection in pair.close():
+                with self._lock:
+                    self._connections.discard(connection)
+
+    def _connect(self) -> socket.socket:
+        server = socket.create_connection(self._target, timeout=_IDLE_TIMEOUT_S)
+        self._enter(server)
+        return server
 
     def _serve_one(self, pair: _Pair) -> bool:
         """Whether the connection may carry another request."""
         head = _read_head(pair.from_client)
         if head is None:
             return False
-        exchange = _Exchange(head, pair, time.monotonic())
+        exchange = _Exchange(head, pair, time.monotonic(), self._begin_answer)
         if self.delay_ms:
             self._stopping.wait(self.delay_ms / 1000)
         try:
             return exchange.run(self._take(head), self._healed)
         finally:
-            with self._lock:
+            with self._settled:
                 self._log.append(exchange.request())
+                self._answering -= exchange.answering
+                self._settled.notify_all()
+
+    def _begin_answer(self) -> None:
+        with self._lock:
+            self._answering += 1
 
     def _take(self, head: _Head) -> _Fault | None:
         with self._lock:
@@ -269,19 +282,38 @@ class _Head:
 
 
 class _Pair:
-    """The two connections of one client."""
+    """The two connections of one client; that to the server is made when it is first needed."""
 
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+    def __init__(self, client: socket.socket, connect: Callable[[], socket.socket]) -> None:
         self.client = client
-        self.server = server
         self.from_client: BinaryIO = client.makefile("rb")
-        self.from_server: BinaryIO = server.makefile("rb")
+        self._connect = connect
+        self._server: socket.socket | None = None
+
+    @property
+    def server(self) -> socket.socket:
+        if self._server is None:
+            self._server = self._connect()
+        return self._server
+
+    @cached_property
+    def from_server(self) -> BinaryIO:
+        return self.server.makefile("rb")
+
+    def close(self) -> list[socket.socket]:
+        """The connections that were closed."""
+        connections = [self.client] if self._server is None else [self.client, self._server]
+        for connection in connections:
+            _close(connection)
+        return connections
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, head: _Head, pair: _Pair, at_s: float) -> None:
+    def __init__(self, head: _Head, pair: _Pair, at_s: float, begin_answer: Callable[[], None]) -> None:
+        self.answering = False
+        self._begin_answer = begin_answer
         self._head = head
         self._pair = pair
         self._at_s = at_s
@@ -300,6 +332,7 @@ class _Exchange:
             time.monotonic(),
             self._sent_bytes,
             self._received_bytes,
+            bool(self._head.header(b"expect")),
         )
 
     def run(self, fault: _Fault | None, healed: threading.Event) -> bool:
@@ -335,11 +368,21 @@ class _Exchange:
 
     def _answer(self, fault: _Fault) -> bool:
         _relay_body(self._pair.from_client, self._head, lambda data: True, until_closed=False)
-        body = f'<?xml version="1.0"?><Error><Code>{fault.code}</Code><Message>told to</Message></Error>'.encode()
-        head = f"HTTP/1.1 {fault.status} Fault\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._pair.client.sendall(head.encode() + (b"" if self._head.method == "HEAD" else body))
+        body = (
+            b""
+            if fault.status < 300
+            else f'<?xml version="1.0"?><Error><Code>{fault.code}</Code><Message>told to</Message></Error>'.encode()
+        )
+        etag = 'ETag: "told-to"\r\n' if fault.status < 300 else ""
+        head = f"HTTP/1.1 {fault.status} Told\r\n{etag}Content-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
         self._status = fault.status
+        self._begin()
+        self._pair.client.sendall(head.encode() + (b"" if self._head.method == "HEAD" else body))
         return True
+
+    def _begin(self) -> None:
+        self.answering = True
+        self._begin_answer()
 
     def _answer_from_server(self, fault: _Fault | None) -> bool:
         head = _read_head(self._pair.from_server)
@@ -358,6 +401,7 @@ class _Exchange:
                 self._pair.client.sendall(data)
             return self._received_bytes < limit
 
+        self._begin()
         if not swallow:
             self._pair.client.sendall(head.bytes())
         has_body = self._head.method != "HEAD" and head.status not in (204, 304)

@@ -1,0 +1,5 @@
+"""``python -m minipaas``."""
+
+from minipaas.cli import main
+
+main()

@@ -1,0 +1,201 @@
+"""Keeps the platform's data in the bucket, through the replicator: the state database, and every SQLite database in volumes.
+
+Owns the platform's places in the bucket (docs/architecture.md, "The bucket") and the replicator that runs in this process. Implements
+``protection.Backups``. Never decides what is to be protected.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from minipaas.errors import BadRequest, PlatformError, TimedOut, Unavailable
+from minipaas.protection import DatabaseState
+from minipaas.settings import Credentials, Settings
+from replicator import (
+    DatabaseError,
+    DatabaseStatus,
+    Folder,
+    ObjectStore,
+    Replica,
+    Replicator,
+    ReplicatorError,
+    RestoreOptions,
+    SyncTimeout,
+    UsageError,
+    WorkerSettings,
+    catalogue,
+    mark_restored,
+    open_store,
+    restore,
+)
+
+log = logging.getLogger(__name__)
+
+STATE = "state"
+VOLUMES = "volumes"
+IMAGES = "images"
+FLEET = "fleet"
+
+
+def open_bucket(url: str, credentials: Credentials | None) -> ObjectStore:
+    """The fleet's bucket and prefix. Raises BadRequest for a URL that has no meaning; does not reach out."""
+    try:
+        return open_store(
+            url,
+            access_key=credentials.access_key if credentials else None,
+            secret_key=credentials.secret_key if credentials else None,
+        )
+    except UsageError as error:
+        raise BadRequest(str(error)) from error
+
+
+class BucketBackups:
+    """``protection.Backups`` over one bucket. Every method may be called from any thread."""
+
+    def __init__(self, settings: Settings, bucket: ObjectStore) -> None:
+        self._bucket = bucket
+        self._state_path = settings.state_path
+        self._local = local_state(settings)
+        self._worker_settings = WorkerSettings(interval_s=settings.sync_interval_s)
+        self._replicator = Replicator(writer=f"{settings.node} ({settings.node_id})")
+        self._volumes: dict[str, Path] = {}
+
+    @property
+    def images(self) -> ObjectStore:
+        return self._bucket.sub(IMAGES)
+
+    def start(self) -> None:
+        with _translated():
+            self._replicator.start()
+            self._replicator.add(
+                self._state_path, self._bucket.sub(STATE), state=self._local / STATE, settings=self._worker_settings
+            )
+
+    def stop(self, timeout_s: float) -> None:
+        """Ships the last commits, within the time. What did not get there is logged by name, and goes on at the next start."""
+        for late in self._replicator.stop(timeout_s):
+            log.error("not durable at the stop: %s", late.reason)
+
+    def watch_volume(self, volume_id: str, directory: Path) -> None:
+        with _translated():
+            self._volumes[volume_id] = directory
+            self._replicator.add_folder(
+                Folder(directory),
+                self._volume(volume_id),
+                state=self._local / VOLUMES / volume_id,
+                settings=self._worker_settings,
+            )
+
+    def forget_volume(self, volume_id: str) -> None:
+        directory = self._volumes.pop(volume_id, None)
+        if directory is not None:
+            self._replicator.remove_folder(directory)
+
+    def sync_volume(self, volume_id: str, timeout_s: float) -> None:
+        directory = self._volumes.get(volume_id)
+        if directory is not None:
+            with _translated():
+                self._replicator.sync_folder(directory, timeout_s)
+
+    def sync_state(self, timeout_s: float) -> None:
+        with _translated():
+            self._replicator.sync(self._state_path, timeout_s)
+
+    def restore_volume(self, volume_id: str, directory: Path, on_progress: Callable[[str], None]) -> None:
+        with _translated():
+            restore_folder(
+                self._volume(volume_id),
+                directory,
+                self._local / VOLUMES / volume_id,
+                f"volume {directory.name}",
+                on_progress,
+            )
+
+    def databases(self) -> Sequence[DatabaseState]:
+        return [self._describe(status) for status in self._replicator.status()]
+
+    def _volume(self, volume_id: str) -> ObjectStore:
+        return self._bucket.sub(f"{VOLUMES}/{volume_id}")
+
+    def _describe(self, status: DatabaseStatus) -> DatabaseState:
+        volume_id = next((id for id, path in list(self._volumes.items()) if status.path.is_relative_to(path)), "")
+        durable = status.durable
+        return DatabaseState(
+            volume_id=volume_id,
+            path=status.path,
+            words=status.words,
+            reason=status.reason,
+            lag_s=status.lag_s,
+            durable_txid=durable.txid if durable else 0,
+            timeline=durable.timeline if durable else 0,
+            durable_ms=status.durable_ms or None,
+            size_bytes=status.page_size * status.page_count,
+        )
+
+
+def local_state(settings: Settings) -> Path:
+    """Where the replicator of a node keeps what it knows and what waits for upload."""
+    return settings.data_dir / "replicator"
+
+
+def restore_state(bucket: ObjectStore, settings: Settings, on_progress: Callable[[str], None]) -> None:
+    """The state database from the bucket, as it was last durable. Idempotent."""
+    with _translated():
+        _restore_database(
+            bucket.sub(STATE), settings.state_path, local_state(settings) / STATE, "platform state", on_progress
+        )
+
+
+def restore_folder(
+    store: ObjectStore, directory: Path, local: Path, what: str, on_progress: Callable[[str], None]
+) -> None:
+    """Every database of a folder's replica into ``directory``, with owner and mode; those that are there already stay.
+
+    local: state of the folder's databases, where the restored positions are noted, so that each goes on as a fork from there.
+    """
+    for name, entry in catalogue.entries(store).items():
+        target = directory / name
+        _make_folders(directory, name, entry.uid, entry.gid)
+        _restore_database(
+            catalogue.replica_of(store, name), target, local / catalogue.encode(name), f"{name} of {what}", on_progress
+        )
+        os.chown(target, entry.uid, entry.gid)
+        target.chmod(entry.mode)
+
+
+def _make_folders(directory: Path, name: PurePosixPath, uid: int, gid: int) -> None:
+    here = directory
+    for part in name.parts[:-1]:
+        here = here / part
+        if not here.exists():
+            here.mkdir(mode=0o755)
+            os.chown(here, uid, gid)
+
+
+def _restore_database(
+    store: ObjectStore, target: Path, local: Path, what: str, on_progress: Callable[[str], None]
+) -> None:
+    if target.exists():
+        return
+    began = time.monotonic()
+    report = restore(store, target, RestoreOptions(integrity_check="quick"))
+    mark_restored(local, report, Replica(store).timelines()[report.position.timeline])
+    on_progress(f"{what}: {report.size_bytes / 1048576:.1f} MiB at {report.position}, {time.monotonic() - began:.1f} s")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The replicator's errors as the platform's."""
+    try:
+        yield
+    except SyncTimeout as error:
+        raise TimedOut(str(error)) from error
+    except DatabaseError as error:
+        raise PlatformError(str(error)) from error
+    except ReplicatorError as error:
+        raise Unavailable(str(error)) from error

@@ -1,0 +1,5 @@
+"""``python -m minipaas.cli``."""
+
+from minipaas.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""The API as the commands see it. Owns how a command finds the server and its token, and turns its errors back into ours.
+
+Never prints. The token comes from MINIPAAS_TOKEN or the node's data directory, never from an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import requests
+
+from minipaas import access, errors
+from minipaas.errors import NotAuthorised, PlatformError, TimedOut, Unavailable
+from minipaas.settings import DEFAULT_DATA_DIR, listen_address, read_settings
+
+CONNECT_S = 5.0
+ANSWER_S = 150.0
+STREAM_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the API is. data: the node's data directory on this host; api: URL, for a node elsewhere."""
+
+    data: Path
+    api: str = ""
+    token: str = field(default="", repr=False)
+
+    def url(self) -> str:
+        if self.api:
+            return self.api.rstrip("/")
+        host, port = listen_address(read_settings(self.data).api_listen, "api_listen")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def bearer(self) -> str:
+        if self.token:
+            return self.token
+        path = access.token_path(self.data)
+        try:
+            return path.read_text().strip()
+        except OSError as error:
+            raise NotAuthorised(
+                f"no token: {path}: {error.strerror}; set MINIPAAS_TOKEN and MINIPAAS_API, or name --data"
+            ) from error
+
+
+class Client:
+    """One server. Every method raises the error that the server had, or Unavailable when it cannot be reached."""
+
+    def __init__(self, server: Server) -> None:
+        self._url = server.url()
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.headers["Authorization"] = f"Bearer {server.bearer()}"
+
+    def get(self, path: str, **query: object) -> Any:
+        return self._call("GET", path, params=_query(query)).json()
+
+    def post(self, path: str, body: object = None) -> Any:
+        return self._call("POST", path, json=body if body is not None else {}).json()
+
+    def put(self, path: str, body: object) -> Any:
+        return self._call("PUT", path, json=body).json()
+
+    def delete(self, path: str, body: object = None) -> Any:
+        return self._call("DELETE", path, json=body).json()
+
+    def upload(self, content: Iterable[bytes]) -> str:
+        """The id under which the server keeps the bytes."""
+        answer = self._call("PUT", "/v1/uploads", data=content, timeout=(CONNECT_S, STREAM_S))
+        return str(answer.json()["id"])
+
+    def stream(self, method: str, path: str, body: object = None, **query: object) -> Iterator[dict[str, Any]]:
+        """Values of a newline-delimited JSON answer, as they come."""
+        answer = self._call(method, path, json=body, params=_query(query), stream=True, timeout=(CONNECT_S, STREAM_S))
+        try:
+            for line in answer.iter_lines():
+                if line:
+                    yield json.loads(line)
+        except (requests.RequestException, json.JSONDecodeError) as error:
+            raise Unavailable(
+                "the server closed the connection before it was done; look with: minipaas status"
+            ) from error
+
+    def _call(self, method: str, path: str, **options: Any) -> requests.Response:
+        options.setdefault("timeout", (CONNECT_S, ANSWER_S))
+        try:
+            answer = self._session.request(method, f"{self._url}{path}", **options)
+        except requests.Timeout as error:
+            raise TimedOut(f"{self._url} does not answer in time; is the node overloaded?") from error
+        except requests.RequestException as error:
+            raise Unavailable(f"nothing answers at {self._url}; is `minipaas serve` running?") from error
+        if answer.status_code >= 400:
+            raise _error(answer)
+        return answer
+
+
+def _query(values: dict[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _error(answer: requests.Response) -> PlatformError:
+    """The class that the server named, with its message."""
+    try:
+        said = answer.json()["error"]
+        kind = getattr(errors, str(said["code"]), PlatformError)
+        message = str(said["message"])
+    except (ValueError, KeyError, TypeError):
+        kind, message = PlatformError, f"the server answered {answer.status_code}: {answer.text[:200].strip()}"
+    if not (isinstance(kind, type) and issubclass(kind, PlatformError)):
+        kind = PlatformError
+    return kind(message)
+
+
+def with_client(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options that find the server, and a ``client`` as its first argument."""
+
+    @click.option("--data", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, envvar="MINIPAAS_DATA", show_default=True,
+                  help="Data directory of the node on this host.")  # fmt: skip
+    @click.option(
+        "--api", default="", envvar="MINIPAAS_API", help="URL of a node elsewhere; its token in MINIPAAS_TOKEN."
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, data: Path, api: str, **options: Any) -> None:
+        command(Client(Server(data, api, os.environ.get("MINIPAAS_TOKEN", ""))), *args, **options)
+
+    return wrapped

@@ -1,0 +1,72 @@
+"""How values look in a terminal: tables, times, sizes. Owns no words of its own. Pure but for printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 400
+"""Columns, where the output is not a terminal: nothing is cut off in a file or a pipe."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+    """Print rows under columns, or the sentence when there are none."""
+    if not rows:
+        click.echo(empty)
+        return
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(_styled(cell) for cell in row))
+    console.print(shown)
+
+
+def as_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def moment(ms: int | None, now_ms: int) -> str:
+    """``2026-11-24 03:12:07 UTC, 3 min ago``; '' for None."""
+    if ms is None:
+        return ""
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC, {ago(ms, now_ms)}"
+
+
+def ago(ms: int | None, now_ms: int) -> str:
+    if ms is None:
+        return ""
+    seconds = (now_ms - ms) / 1000
+    distance = _distance(abs(seconds))
+    return f"in {distance}" if seconds < -1 else f"{distance} ago"
+
+
+def _distance(seconds: float) -> str:
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (129600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def size(count: int) -> str:
+    return f"{count / 1048576:.1f} MiB" if count >= 104858 else f"{count / 1024:.0f} KiB"
+
+
+def _styled(cell: str) -> str:
+    for word, style in (
+        ("NOT PROTECTED", "bold red"),
+        ("failed", "red"),
+        ("catching up", "yellow"),
+        ("protected", "green"),
+    ):
+        if cell.startswith(word):
+            return f"[{style}]{cell}[/{style}]"
+    return cell.replace("[", "\\[")

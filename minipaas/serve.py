@@ -1,0 +1,365 @@
+"""``minipaas serve``: builds all parts, starts them in order and stops them in order. The composition root.
+
+Owns the lock on the data directory and what a stop leaves running: apps, edge and engine go on without this process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+from waitress import wasyncore
+from waitress.server import BaseWSGIServer, create_server
+
+from minipaas import bundle
+from minipaas.edge import Edge
+from minipaas.edge.caddy import CaddyEdge
+from minipaas.engine import Engine
+from minipaas.engine.discover import connect
+from minipaas.engine.podman_service import PodmanService
+from minipaas.errors import AlreadyRunning, FleetHeld, NotFound, PlatformError, Unavailable
+from minipaas.facts import Facts
+from minipaas.health import Prober, SocketProber
+from minipaas.ops import World
+from minipaas.progress import Hub
+from minipaas.protection import Backups, ReplicatorError, StoreError
+from minipaas.reconcile import Reconciler, StopClock
+from minipaas.router import Router
+from minipaas.sealing import Sealer, read_node_identity
+from minipaas.service import Parts, Platform
+from minipaas.settings import Limits, Settings, listen_address
+from minipaas.sources import Builder
+from minipaas.state import State
+from minipaas.uploads import Uploads
+from minipaas.web import create_app, pages
+
+log = logging.getLogger(__name__)
+
+
+class Lease(Protocol):
+    """The right of this node to the bucket. Both raise ReplicatorError; ``keep`` returns when the process stops."""
+
+    def acquire(self) -> int: ...
+
+    def keep(self, on_lost: Callable[[ReplicatorError], None]) -> None: ...
+
+
+def new_engine(settings: Settings) -> Engine:
+    return connect(
+        data_dir=settings.data_dir,
+        run_dir=settings.run_dir,
+        node=settings.node_id,
+        engine_url=settings.engine or None,
+    )
+
+
+def new_edge(settings: Settings) -> Edge:
+    listen = listen_address(settings.http_listen, "http_listen")
+    return CaddyEdge(settings.data_dir / "edge", settings.run_dir, listen)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the outer parts are made; the defaults are the real ones. lease: given the event that ends it; None for no lease."""
+
+    backups: Callable[[Settings], Backups]
+    lease: Callable[[Settings, threading.Event], Lease] | None = None
+    engine: Callable[[Settings], Engine] = new_engine
+    edge: Callable[[Settings], Edge] = new_edge
+    prober: Prober = SocketProber()
+    limits: Limits = Limits()
+
+
+class Server:
+    """All parts of one node, running between ``start`` and ``stop``."""
+
+    def __init__(self, settings: Settings, wiring: Wiring) -> None:
+        self.settings, self._wiring = settings, wiring
+        self.ended = threading.Event()
+        self.lost: str = ""
+        self._open = ExitStack()
+        self._leaving = threading.Event()
+
+    def start(self) -> None:
+        """Raises AlreadyRunning, EngineMissing, EdgeError, FleetHeld …; nothing that it started is left then, but edge and engine."""
+        with ExitStack() as undo:
+            self._build(undo)
+            self._open = undo.pop_all()
+
+    def stop(self) -> list[str]:
+        """Ends this process's part within a bounded time; sentences on what goes on, and whether everything is durable."""
+        limits = self._wiring.limits
+        self._leaving.set()
+        settled = self.reconciler.stop(limits.stop_workers_s)
+        names = [app.name for app in self.state.apps() if app.destroyed_ms is None]
+        sentences = [f"left running: {', '.join([*names, 'the edge', 'the engine'])}"]
+        if not settled:
+            sentences.append("a change was under way; it goes on at the next start")
+        sentences += self._ship(limits.stop_sync_s)
+        self._open.close()
+        return sentences
+
+    def _build(self, undo: ExitStack) -> None:
+        settings, limits = self.settings, self._wiring.limits
+        _make_directories(settings)
+        undo.enter_context(data_lock(settings))
+        self.state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
+        sealer = Sealer(read_node_identity(settings.key_path), self.state.fleet().recovery_recipient)
+        node = next((node for node in self.state.nodes() if node.id == settings.node_id), None)
+        if node is None:
+            raise NotFound(
+                f"{settings.state_path} does not know node {settings.node_id}; recover on an empty directory"
+            )
+        undo.callback(self._leaving.set)
+        self._hold_bucket()
+        engine = undo.enter_context(_closing(self._wiring.engine(settings)))
+        edge = self._wiring.edge(settings)
+        edge.start()
+        backups = self._wiring.backups(settings)
+        undo.callback(backups.stop, limits.stop_sync_s)
+        backups.start()
+        scratch = settings.data_dir / "scratch"
+        clock = StopClock()
+        hub = Hub()
+        self.world = World(
+            settings=settings,
+            limits=limits,
+            node=node,
+            state=self.state,
+            engine=engine,
+            router=Router(edge, limits.hold_s),
+            backups=backups,
+            sealer=sealer,
+            facts=Facts(clock.now, max_backoff_s=limits.max_backoff_s, steady_after_s=limits.steady_after_s),
+            prober=self._wiring.prober,
+            clock=clock,
+            pull_image=lambda digest, tag: _quiet(
+                bundle.pull(backups.images, digest, engine.images, tag, scratch=scratch)
+            ),
+        )
+        self.reconciler = Reconciler(
+            self.world, now_ms, on_event=lambda app, operation: hub.publish(app, operation.describe())
+        )
+        uploads = Uploads(settings.uploads_dir, max_bytes=limits.upload_bytes, keep_s=limits.upload_keep_s)
+        uploads.clean()
+        self.platform = Platform(
+            Parts(
+                world=self.world,
+                reconciler=self.reconciler,
+                hub=hub,
+                uploads=uploads,
+                builder=Builder(engine.images, uploads, limits),
+                push_image=lambda tag: bundle.push(engine.images, tag, backups.images, scratch=scratch),
+                now_ms=now_ms,
+                engine_words=engine.describe(),
+                edge_words=f"{type(edge).__name__} on {settings.http_listen}",
+            )
+        )
+        undo.enter_context(_api(self.platform, settings, limits))
+        self.reconciler.start()
+
+    # -- the bucket is ours
+
+    def _hold_bucket(self) -> None:
+        """Raises FleetHeld. A store that cannot be reached is no reason not to look after the apps that run here: it is asked again."""
+        if self._wiring.lease is None:
+            return
+        lease = self._wiring.lease(self.settings, self._leaving)
+        held = True
+        try:
+            lease.acquire()
+        except StoreError as error:
+            log.warning("the bucket cannot be reached", extra={"reason": str(error)})
+            held = False
+        except ReplicatorError as error:
+            raise FleetHeld(f"{error}; this node does not start, so that two do not serve the same apps") from error
+        threading.Thread(target=self._keep_lease, args=(lease, held), name="lease", daemon=True).start()
+
+    def _keep_lease(self, lease: Lease, held: bool) -> None:
+        while not held:
+            if self._leaving.wait(self._wiring.limits.sweep_s):
+                return
+            try:
+                lease.acquire()
+                held = True
+            except StoreError:
+                continue
+            except ReplicatorError as error:
+                self._lose(error)
+                return
+        lease.keep(self._lose)
+
+    def _lose(self, error: ReplicatorError) -> None:
+        log.error("another node has this fleet now; this one stops its apps", extra={"reason": str(error)})
+        self.lost = f"{error}; the apps of this node are stopped, what they had not shipped is still in {self.settings.volumes_dir}"
+        self.ended.set()
+
+    def fence(self) -> None:
+        """After ``stop`` of a node that lost its fleet: nothing here may take writes any more."""
+        engine = self._wiring.engine(self.settings)
+        with _closing(engine):
+            _end_containers(engine)
+        self._wiring.edge(self.settings).stop()
+
+    def _ship(self, timeout_s: float) -> list[str]:
+        deadline = time.monotonic() + timeout_s
+        late = []
+        for volume in self.state.volumes():
+            if volume.id in self.world.facts.watched():
+                late += _late(
+                    f"{volume.app}/{volume.name}", partial(self.world.backups.sync_volume, volume.id), deadline
+                )
+        late += _late("the state", self.world.backups.sync_state, deadline)
+        return [f"NOT durable yet: {each}" for each in late] or ["everything that was committed is durable"]
+
+
+def serve(settings: Settings, wiring: Wiring, on_ready: Callable[[Server], None], say: Callable[[str], None]) -> None:
+    """Run until SIGTERM or SIGINT. Raises FleetHeld when another node has taken the fleet over meanwhile."""
+    server = Server(settings, wiring)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: server.ended.set())
+    server.start()
+    try:
+        on_ready(server)
+        server.ended.wait()
+    finally:
+        for sentence in server.stop():
+            say(sentence)
+    if server.lost:
+        server.fence()
+        raise FleetHeld(server.lost)
+
+
+def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], None]) -> None:
+    """``minipaas down``: apps, edge and our engine service end, and the last commits are shipped. Raises AlreadyRunning."""
+    limits = wiring.limits
+    with ExitStack() as undo:
+        undo.enter_context(data_lock(settings))
+        state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
+        engine = undo.enter_context(_closing(wiring.engine(settings)))
+        backups = wiring.backups(settings)
+        undo.callback(backups.stop, limits.stop_sync_s)
+        backups.start()
+        watched = [each for each in state.volumes() if each.state == "created"]
+        watched = [each for each in watched if settings.volume_dir(each.app, each.name).is_dir()]
+        for volume in watched:
+            backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
+        say(f"stopped {_end_containers(engine)} containers")
+        deadline = time.monotonic() + limits.stop_sync_s
+        late = [
+            words
+            for volume in watched
+            for words in _late(f"{volume.app}/{volume.name}", partial(backups.sync_volume, volume.id), deadline)
+        ]
+        for words in late:
+            say(f"NOT durable yet: {words}")
+    wiring.edge(settings).stop()
+    PodmanService(settings.data_dir, settings.run_dir).stop()
+    say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
+
+
+@contextmanager
+def data_lock(settings: Settings) -> Iterator[None]:
+    """Only one process works on a data directory. Raises AlreadyRunning, NotFound."""
+    try:
+        descriptor = os.open(settings.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        raise NotFound(f"{settings.data_dir} does not exist; make it a node with: minipaas setup") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyRunning(f"another minipaas works on {settings.data_dir}; stop it first") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _make_directories(settings: Settings) -> None:
+    for directory in (settings.run_dir, settings.volumes_dir, settings.data_dir / "scratch"):
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_T = TypeVar("_T", bound=_Closable)
+
+
+@contextmanager
+def _closing(thing: _T) -> Iterator[_T]:
+    try:
+        yield thing
+    finally:
+        thing.close()
+
+
+def _quiet(result: object) -> None:
+    """Drops a result that the caller has no use for."""
+
+
+def _late(what: str, sync: Callable[[float], None], deadline: float) -> list[str]:
+    """[] when it is durable before the deadline, else why not."""
+    try:
+        sync(max(0.1, deadline - time.monotonic()))
+    except (PlatformError, ReplicatorError) as error:
+        return [f"{what}: {error}"]
+    return []
+
+
+def _end_containers(engine: Engine) -> int:
+    containers = engine.containers.list()
+    for container in containers:
+        engine.containers.stop(container.name)
+        engine.containers.remove(container.name)
+    return len(containers)
+
+
+@contextmanager
+def _api(platform: Platform, settings: Settings, limits: Limits) -> Iterator[None]:
+    """The API answers while the context lasts. Raises Unavailable when the address cannot be had."""
+    server = _listen(platform, settings, limits)
+    thread = threading.Thread(target=server.run, name="api", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.task_dispatcher.shutdown(cancel_pending=True, timeout=1)
+        server.close()
+        wasyncore.close_all(server._map)
+        thread.join(2.0)
+
+
+def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIServer:
+    host, port = listen_address(settings.api_listen, "api_listen")
+    app = create_app(platform, limits)
+    pages.install(app, platform, limits, pages.session_key(settings.data_dir / "session.key"))
+    try:
+        return create_server(
+            app,
+            host=host,
+            port=port,
+            threads=limits.api_threads,
+            max_request_body_size=limits.upload_bytes,
+            channel_request_lookahead=1,
+            ident=None,
+        )
+    except OSError as error:
+        raise Unavailable(
+            f"the API cannot listen on {settings.api_listen}: {error.strerror}; set api_listen"
+        ) from error

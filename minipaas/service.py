@@ -1,0 +1,501 @@
+"""Platform: everything that a user can ask for. The one door for command line, API and pages.
+
+Owns the order of a deploy up to the moment when it is desired; from there the reconciler goes on, with or without the client.
+Every method takes a principal and passes ``access.authorise``. Never touches containers or routes itself.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import IO
+
+from minipaas import manifest as manifests
+from minipaas import views
+from minipaas.access import Action, Principal, authenticate, authorise
+from minipaas.engine import Container, LogLine
+from minipaas.errors import (
+    BadRequest,
+    Conflict,
+    ContainerMissing,
+    DeployFailed,
+    EngineError,
+    NotFound,
+    TimedOut,
+    Unavailable,
+)
+from minipaas.manifest import Manifest
+from minipaas.model import (
+    App,
+    Machine,
+    Release,
+    ReleaseStatus,
+    Volume,
+    check_name,
+    new_machine_id,
+    new_volume_id,
+)
+from minipaas.ops import World
+from minipaas.progress import Hub, Turns
+from minipaas.protection import StoreError
+from minipaas.reconcile import Reconciler
+from minipaas.settings import listen_address
+from minipaas.sources import Builder, Source, image_tag
+from minipaas.state import NewRelease
+from minipaas.uploads import Uploads
+from minipaas.workload import LABEL_APP, LABEL_MACHINE, check_variable, container_name, default_host, runs, workload_of
+
+MAX_SECRET_BYTES = 64 * 1024
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One thing that happened in a deploy. kind: step, log, warning, done or failed. release: its number, None before it has one."""
+
+    kind: str
+    text: str
+    release: int | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def _silent(progress: Progress) -> None:
+    """For callers who only want the outcome."""
+
+
+@dataclass(frozen=True)
+class DeployRequest:
+    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args."""
+
+    source: Source
+    manifest: str
+    file: str = "minipaas.toml"
+    build_args: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the platform is made of. push_image: from the engine to the bucket, the digest there. now_ms: wall clock."""
+
+    world: World
+    reconciler: Reconciler
+    hub: Hub
+    uploads: Uploads
+    builder: Builder
+    push_image: Callable[[str], str]
+    now_ms: Callable[[], int]
+    engine_words: str
+    edge_words: str
+
+
+class Platform:
+    """Thread-safe."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._world, self._state = parts, parts.world, parts.world.state
+        self._turns = Turns()
+        self._http_port = listen_address(self._world.settings.http_listen, "http_listen")[1]
+        self._state.subscribe(lambda app: parts.hub.publish(app, ""))
+        self._state.subscribe(lambda app: self._world.facts.touch())
+
+    def authenticate(self, header: str) -> Principal:
+        """Of the value of an Authorization header. Raises NotAuthorised."""
+        return authenticate(self._state.tokens(), header)
+
+    def principal_of(self, sha256: str) -> Principal | None:
+        """Of a token that is known by its hash, as long as it is valid."""
+        found = [token for token in self._state.tokens() if hmac.compare_digest(token.sha256, sha256)]
+        return Principal(found[0].name, found[0].abilities) if found else None
+
+    # -- apps
+
+    def create_app(self, principal: Principal, name: str) -> views.AppView:
+        authorise(principal, Action.CREATE, name)
+        self._state.create_app(check_name(name))
+        return self.app(principal, name)
+
+    def apps(self, principal: Principal) -> Sequence[views.AppView]:
+        authorise(principal, Action.READ)
+        volumes = self._volume_views()
+        return [self._app_view(app.name, volumes) for app in self._state.apps()]
+
+    def app(self, principal: Principal, name: str) -> views.AppView:
+        authorise(principal, Action.READ, name)
+        return self._app_view(name, self._volume_views())
+
+    def destroy(self, principal: Principal, name: str) -> App:
+        """The app stops; its volumes and databases stay until ``purge_after_ms``, and come back when it is created again."""
+        authorise(principal, Action.DESTROY, name)
+        self._existing(name)
+        return self._state.destroy_app(name, round(self._world.limits.keep_destroyed_s * 1000))
+
+    def restart(self, principal: Principal, name: str, on_progress: OnProgress = _silent) -> None:
+        """Every machine is started anew, requests wait meanwhile; returns when all are healthy. Raises Unavailable, TimedOut."""
+        authorise(principal, Action.RESTART, name)
+        with self._turn(name, f"a restart by {principal.name}", on_progress), self._parts.hub.listen(name) as lines:
+            self._existing(name)
+            if self._state.desired(name).live is None:
+                raise Conflict(f"{name} has no release that runs; deploy one first")
+            self._state.restart_machines(name)
+            self._until(name, lines, on_progress, self._world.limits.restart_wait_s, lambda: self._restarted(name))
+
+    # -- releases
+
+    def releases(self, principal: Principal, name: str) -> Sequence[views.ReleaseView]:
+        authorise(principal, Action.READ, name)
+        self._state.app(name)
+        return [views.release_view(release) for release in self._state.releases(name)]
+
+    def deploy(
+        self, principal: Principal, name: str, request: DeployRequest, on_progress: OnProgress = _silent
+    ) -> views.ReleaseView:
+        """A new release of the app, live when this returns; creates the app when it is not there.
+
+        Raises ManifestError, BuildFailed, ImageRefused, DeployFailed (the old release goes on serving), TimedOut (it goes on
+        in the background), Unavailable.
+        """
+        authorise(principal, Action.DEPLOY, name)
+        check_name(name)
+        manifest = self._read_manifest(name, request, on_progress)
+        try:
+            with self._turn(name, f"a deploy by {principal.name}", on_progress):
+                self._ensure_app(principal, name, on_progress)
+                number = self._state.next_release(name)
+                tag = image_tag(name, number)
+                digest = self._image(request, manifest, tag, number, on_progress)
+                return self._release(
+                    name, number, tag, digest, manifest.to_json(), self._world.limits.deploy_wait_s, on_progress
+                )
+        finally:
+            if request.source.upload:
+                self._parts.uploads.remove(request.source.upload)
+
+    # -- secrets
+
+    def secrets(self, principal: Principal, name: str) -> Mapping[str, int]:
+        """Names, and when each was set. Values never leave."""
+        authorise(principal, Action.READ, name)
+        self._existing(name)
+        return self._state.secret_times(name)
+
+    def set_secrets(
+        self, principal: Principal, name: str, values: Mapping[str, str], on_progress: OnProgress = _silent
+    ) -> views.ReleaseView | None:
+        """Sealed and kept; a running app gets them with a new release of the same image. None when nothing runs yet."""
+        authorise(principal, Action.SECRETS, name)
+        for key, value in values.items():
+            check_variable(key)
+            if len(value.encode()) > MAX_SECRET_BYTES or "\0" in value:
+                raise BadRequest(f"the value of {key} is longer than {MAX_SECRET_BYTES >> 10} KiB, or has a zero byte")
+        sealed = {key: self._world.sealer.seal(value) for key, value in values.items()}
+        return self._change_secrets(principal, name, sealed, (), on_progress)
+
+    def unset_secrets(
+        self, principal: Principal, name: str, names: Sequence[str], on_progress: OnProgress = _silent
+    ) -> views.ReleaseView | None:
+        authorise(principal, Action.SECRETS, name)
+        unknown = sorted(set(names) - set(self._state.secret_times(name)))
+        if unknown:
+            raise NotFound(f"{name} has no secret {', '.join(unknown)}; see: minipaas secrets list")
+        return self._change_secrets(principal, name, {}, names, on_progress)
+
+    # -- volumes, logs, status
+
+    def volumes(self, principal: Principal) -> Sequence[views.VolumeView]:
+        authorise(principal, Action.READ)
+        return list(self._volume_views().values())
+
+    def logs(
+        self, principal: Principal, name: str, *, tail: int | None, follow: bool, gone: Callable[[], bool]
+    ) -> Iterator[tuple[str, LogLine]]:
+        """(machine id, line). follow: goes on over swaps, until ``gone()``. Raises NotFound when nothing has run yet."""
+        authorise(principal, Action.LOGS, name)
+        self._existing(name)
+        if not follow and self._newest_container(name, unlike="") is None:
+            raise NotFound(f"nothing of {name} runs, so there are no logs; see: minipaas status")
+        return self._logs(name, tail, follow, gone)
+
+    def status(self, principal: Principal) -> views.NodeView:
+        authorise(principal, Action.READ)
+        return self._node_view()
+
+    def snapshot(self, principal: Principal) -> views.Snapshot:
+        authorise(principal, Action.READ)
+        return views.Snapshot(
+            node=self._node_view(), apps=list(self.apps(principal)), events=list(self._state.events(20))
+        )
+
+    def wait_for_change(self, principal: Principal, after: int, timeout_s: float) -> int:
+        """Returns when something that ``snapshot`` shows may have changed since version ``after``, or when the time is over."""
+        authorise(principal, Action.READ)
+        return self._world.facts.wait_for_change(after, timeout_s)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not longer than minipaas runs."""
+        self._world.clock.wait(seconds)
+
+    def upload(self, principal: Principal, stream: IO[bytes]) -> str:
+        """Store the bytes of a readable stream; the id of the upload, good for one deploy."""
+        authorise(principal, Action.DEPLOY)
+        return self._parts.uploads.store(stream)
+
+    # -- a deploy, step by step
+
+    def _read_manifest(self, name: str, request: DeployRequest, on_progress: OnProgress) -> Manifest:
+        manifest, warnings = manifests.parse(request.manifest, request.file)
+        for warning in warnings:
+            on_progress(Progress("warning", warning))
+        if manifest.app is not None and manifest.app != name:
+            raise BadRequest(
+                f"{request.file} says app = {manifest.app!r}, but {name!r} is to be deployed; change one of them"
+            )
+        return manifest
+
+    def _ensure_app(self, principal: Principal, name: str, on_progress: OnProgress) -> None:
+        try:
+            known = self._state.app(name)
+        except NotFound:
+            known = None
+        if known is None or known.destroyed_ms is not None:
+            authorise(principal, Action.CREATE, name)
+            self._state.create_app(name)
+            back = ", with the volumes that were kept" if known is not None else ""
+            on_progress(Progress("step", f"{'brought back' if known else 'created'} app {name}{back}"))
+
+    def _image(self, request: DeployRequest, manifest: Manifest, tag: str, number: int, on_progress: OnProgress) -> str:
+        """The image is in the engine and in the bucket; the digest there. Leaves none behind when it fails."""
+        on_progress(Progress("step", "making the image", number))
+        try:
+            self._parts.builder.make(
+                request.source,
+                manifest,
+                request.build_args,
+                tag,
+                lambda line: on_progress(Progress("log", line, number)),
+            )
+            on_progress(Progress("step", "storing the image in the bucket", number))
+            return self._parts.push_image(tag)
+        except StoreError as error:
+            self._drop_image(tag)
+            raise Unavailable(f"the image cannot be stored in the bucket, so nothing was deployed: {error}") from error
+        except BaseException:
+            self._drop_image(tag)
+            raise
+
+    def _release(
+        self, name: str, number: int, tag: str, digest: str, config: str, limit_s: float, on_progress: OnProgress
+    ) -> views.ReleaseView:
+        """Make it desired, and tell what happens until it is live or has failed."""
+        with self._parts.hub.listen(name) as lines:
+            self._settled(name, lines, on_progress)
+            self._state.add_release(self._new_release(name, number, tag, digest, config))
+            self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
+        release = self._state.release(name, number)
+        if release.status == ReleaseStatus.FAILED:
+            raise DeployFailed(f"{name} v{number}: {release.message}{self._still_serving(name)}")
+        self._drop_old_images(name)
+        return views.release_view(release)
+
+    def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
+        now, node = self._parts.now_ms(), self._world.node.id
+        known = {volume.name for volume in self._state.volumes(name)}
+        mounts = Manifest.from_json(config).mounts
+        release = Release(
+            app=name,
+            number=number,
+            image=tag,
+            image_digest=digest,
+            config=config,
+            created_ms=now,
+            status=ReleaseStatus.DEPLOYING,
+        )
+        machine = Machine(id=new_machine_id(), app=name, release=number, group="app", node=node)
+        volumes = tuple(
+            Volume(id=new_volume_id(), app=name, name=mount.source, node=node, created_ms=now)
+            for mount in mounts
+            if mount.source not in known
+        )
+        return NewRelease(release, (machine,), volumes, self._state.secrets(name))
+
+    def _settled(self, name: str, lines: queue.Queue[str], on_progress: OnProgress) -> None:
+        """A release that was being deployed when minipaas was restarted has its outcome."""
+        candidate = self._state.desired(name).candidate
+        if candidate is not None:
+            on_progress(Progress("step", f"waiting for v{candidate.number}, which is still being deployed"))
+            limit_s = self._world.limits.deploy_wait_s
+            self._until(name, lines, on_progress, limit_s, lambda: self._state.desired(name).candidate is None)
+
+    def _decided(self, name: str, number: int) -> bool:
+        return self._state.release(name, number).status != ReleaseStatus.DEPLOYING
+
+    def _still_serving(self, name: str) -> str:
+        live = self._state.desired(name).live
+        return f"\nv{live.number} goes on serving." if live else ""
+
+    def _restarted(self, name: str) -> bool:
+        """Every machine runs since the restart and is healthy. Raises Unavailable when one has failed."""
+        facts = self._world.facts
+        for machine in self._state.machines(name):
+            container = facts.container(container_name(machine))
+            if container is None or not runs(container, machine) or container.id not in facts.healthy():
+                words = facts.words(machine.id)
+                if words and facts.wait_before_start(machine) > 0:
+                    raise Unavailable(f"{name} does not come up again: {words}; see: minipaas logs")
+                return False
+        return True
+
+    def _until(
+        self,
+        name: str,
+        lines: queue.Queue[str],
+        on_progress: OnProgress,
+        limit_s: float,
+        done: Callable[[], bool],
+        number: int | None = None,
+    ) -> None:
+        """Pass on what happens, until ``done()``. Raises TimedOut; the change itself goes on."""
+        deadline, told = time.monotonic() + limit_s, ""
+        self._parts.reconciler.wake()
+        while not done():
+            if time.monotonic() > deadline:
+                raise TimedOut(
+                    f"{name} is not ready after {limit_s:g} s; it goes on in the background, see: minipaas status"
+                )
+            try:
+                line = lines.get(timeout=0.5)
+            except queue.Empty:
+                line = ""
+            if line:
+                on_progress(Progress("step", line, number))
+            trouble = self._world.facts.trouble(name) or self._world.facts.trouble("")
+            if trouble is not None and trouble.words != told:
+                told = trouble.words
+                on_progress(Progress("warning", f"{told}; trying again", number))
+        while not lines.empty():
+            if line := lines.get_nowait():
+                on_progress(Progress("step", line, number))
+
+    def _turn(self, name: str, who: str, on_progress: OnProgress) -> AbstractContextManager[None]:
+        return self._turns.take(name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")))
+
+    def _change_secrets(
+        self,
+        principal: Principal,
+        name: str,
+        put: Mapping[str, bytes],
+        drop: Sequence[str],
+        on_progress: OnProgress,
+    ) -> views.ReleaseView | None:
+        with self._turn(name, f"a change of secrets by {principal.name}", on_progress):
+            self._existing(name)
+            self._state.change_secrets(name, put, drop)
+            live = self._state.desired(name).live
+            if live is None:
+                return None
+            number = self._state.next_release(name)
+            return self._release(
+                name, number, live.image, live.image_digest, live.config, self._world.limits.restart_wait_s, on_progress
+            )
+
+    def _drop_image(self, tag: str) -> None:
+        """Tidying up after a failure, which must stay the one that the user sees."""
+        try:
+            self._world.engine.images.remove(tag)
+        except EngineError as error:
+            log.warning(
+                "an image of a deploy that failed is left in the engine", extra={"image": tag, "reason": str(error)}
+            )
+
+    def _drop_old_images(self, name: str) -> None:
+        """The engine keeps the last few; older ones are in the bucket."""
+        images = list(dict.fromkeys(release.image for release in self._state.releases(name)))
+        kept = self._world.limits.engine_images
+        for image in images[kept : kept * 2]:
+            self._drop_image(image)
+
+    # -- reading
+
+    def _existing(self, name: str) -> App:
+        app = self._state.app(name)
+        if app.destroyed_ms is not None:
+            raise NotFound(f"app {name} was destroyed; bring it back with its data by deploying it again")
+        return app
+
+    def _app_view(self, name: str, volumes: Mapping[str, views.VolumeView]) -> views.AppView:
+        desired, settings = self._state.desired(name), self._world.settings
+        releases = self._state.releases(name)
+        hosts: Sequence[str] = (default_host(name, settings.domain),)
+        if desired.live is not None:
+            workload = workload_of(desired.live, settings.domain)
+            hosts = workload.hosts if workload.port is not None else ()
+        own = [view for view in volumes.values() if view.app == name]
+        route = self._world.router.route(name)
+        return views.app_view(
+            desired, releases[0] if releases else None, hosts, self._http_port, own, route, self._world.facts
+        )
+
+    def _volume_views(self) -> Mapping[str, views.VolumeView]:
+        volumes = {volume.id: volume for volume in self._state.volumes()}
+        databases = self._database_views(volumes)
+        return {
+            key: views.volume_view(volume, str(self._world.directory(volume)), databases, self._world.facts)
+            for key, volume in volumes.items()
+        }
+
+    def _database_views(self, volumes: Mapping[str, Volume]) -> list[views.DatabaseView]:
+        return [views.database_view(database, volumes) for database in self._world.backups.databases()]
+
+    def _node_view(self) -> views.NodeView:
+        settings, facts = self._world.settings, self._world.facts
+        databases = self._database_views({volume.id: volume for volume in self._state.volumes()})
+        troubles = [f"{app}: {each.words}" if app else each.words for app, each in sorted(facts.troubles().items())]
+        return views.NodeView(
+            id=settings.node_id,
+            name=settings.node,
+            region=settings.region,
+            engine=self._parts.engine_words,
+            edge=self._parts.edge_words,
+            fleet=self._state.fleet().id,
+            bucket=settings.bucket,
+            troubles=troubles,
+            durable=all(each.words.startswith("protected") for each in databases),
+            databases=databases,
+        )
+
+    def _logs(
+        self, name: str, tail: int | None, follow: bool, gone: Callable[[], bool]
+    ) -> Iterator[tuple[str, LogLine]]:
+        """Of the newest container; when it is replaced, of its successor from its first line."""
+        followed = ""
+        while True:
+            newest = self._newest_container(name, unlike=followed)
+            if newest is not None:
+                followed = newest.id
+                yield from self._lines_of(newest, tail, follow, gone)
+                tail = None
+            if not follow or gone() or self._world.clock.wait(0.5):
+                return
+
+    def _lines_of(
+        self, container: Container, tail: int | None, follow: bool, gone: Callable[[], bool]
+    ) -> Iterator[tuple[str, LogLine]]:
+        try:
+            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow):
+                yield container.labels.get(LABEL_MACHINE, ""), line
+                if gone():
+                    return
+        except ContainerMissing:
+            return
+
+    def _newest_container(self, name: str, unlike: str) -> Container | None:
+        own = [each for each in self._world.facts.containers() if each.labels.get(LABEL_APP) == name]
+        newest = max(own, key=lambda each: (each.started_ms or 0, each.id), default=None)
+        return None if newest is None or newest.id == unlike else newest

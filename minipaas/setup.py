@@ -1,0 +1,163 @@
+"""``minipaas setup``: an empty directory and a bucket become the first node of a new fleet.
+
+Owns the order of it: everything is checked before anything is written, and the bucket's record of the fleet comes last. Shows the
+recovery key once; its private half is stored nowhere.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minipaas.access import issue_local_token
+from minipaas.errors import BadRequest, Conflict, NodeNotEmpty, NotFound, Unavailable
+from minipaas.fleet import FleetRecord, read_fleet, write_fleet
+from minipaas.model import Fleet, Node, check_name
+from minipaas.protection import ObjectStore, PreconditionFailed, StoreError
+from minipaas.sealing import Identity, create_node_identity
+from minipaas.settings import Credentials, Settings, listen_address, write_credentials, write_settings
+from minipaas.state import State
+
+
+@dataclass(frozen=True)
+class SetupRequest:
+    """What the owner asks for. bucket: URL without credentials. credentials: None when they come from the environment of serve."""
+
+    data_dir: Path
+    run_dir: Path
+    bucket: str
+    node: str
+    region: str
+    http_listen: str = "0.0.0.0:80"
+    api_listen: str = "127.0.0.1:7070"
+    domain: str = "localhost"
+    engine: str = ""
+    sync_interval_s: float = 1.0
+    credentials: Credentials | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class SetupResult:
+    """recovery_key: to be shown once and kept by the owner; it alone opens the secrets in the bucket. token: of the owner."""
+
+    settings: Settings
+    fleet: str
+    recovery_key: str = field(repr=False)
+    token: str = field(repr=False)
+
+
+def setup(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> SetupResult:
+    """Raises BadRequest, NodeNotEmpty, Conflict (the bucket holds a fleet), Unavailable; nothing is left behind then."""
+    check_name(request.node, "a node")
+    check_name(request.region, "a region")
+    listen_address(request.http_listen, "http_listen")
+    listen_address(request.api_listen, "api_listen")
+    _check_empty(request.data_dir)
+    try:
+        _check_bucket(bucket)
+        return _write(request, bucket, now_ms)
+    except StoreError as error:
+        raise Unavailable(f"{bucket.url} cannot be used: {error}") from error
+
+
+def _check_empty(data_dir: Path) -> None:
+    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+        raise NodeNotEmpty(
+            f"{data_dir} is not an empty directory; name another, or empty it if nothing in it is needed"
+        )
+
+
+def _check_bucket(bucket: ObjectStore) -> None:
+    """It can be written, read and deleted, honours conditions, and holds no fleet."""
+    try:
+        read_fleet(bucket)
+    except NotFound:
+        pass
+    else:
+        raise Conflict(
+            f"{bucket.url} holds a fleet already; bring it back with: minipaas recover, or use another prefix"
+        )
+    key, body = f"probe/{secrets.token_hex(8)}", secrets.token_bytes(32)
+    bucket.put(key, body, if_none_match=True)
+    try:
+        if bucket.get(key) != body:
+            raise BadRequest(f"{bucket.url} gives back other bytes than were written; it cannot keep data safe")
+        bucket.put(key, body, if_none_match=True)
+    except PreconditionFailed:
+        return
+    finally:
+        bucket.delete([key])
+    raise BadRequest(
+        f"{bucket.url} ignores If-None-Match, so two nodes could overwrite each other there; use a store that has conditional writes"
+    )
+
+
+def _write(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> SetupResult:
+    was_there = request.data_dir.exists()
+    request.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        return _write_node(request, bucket, now_ms)
+    except BaseException:
+        for path in request.data_dir.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        if not was_there:
+            request.data_dir.rmdir()
+        raise
+
+
+def _write_node(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> SetupResult:
+    owner = Identity.generate()
+    settings = _settings(request)
+    fleet = Fleet(id=secrets.token_hex(16), recovery_recipient=owner.recipient)
+    node = create_node_identity(settings.key_path)
+    if request.credentials is not None:
+        write_credentials(settings.data_dir, request.credentials)
+    token = _write_state(settings, fleet, node, now_ms)
+    write_settings(settings)
+    write_fleet(
+        bucket,
+        FleetRecord(
+            id=fleet.id,
+            recovery_recipient=owner.recipient,
+            domain=settings.domain,
+            sync_interval_s=settings.sync_interval_s,
+        ),
+    )
+    return SetupResult(settings, fleet.id, owner.secret, token)
+
+
+def _settings(request: SetupRequest) -> Settings:
+    return Settings(
+        data_dir=request.data_dir,
+        run_dir=request.run_dir,
+        node_id=secrets.token_hex(8),
+        node=request.node,
+        region=request.region,
+        bucket=request.bucket,
+        http_listen=request.http_listen,
+        api_listen=request.api_listen,
+        domain=request.domain,
+        engine=request.engine,
+        sync_interval_s=request.sync_interval_s,
+    )
+
+
+def _write_state(settings: Settings, fleet: Fleet, node: Identity, now_ms: int) -> str:
+    """The owner's token."""
+    state = State(settings.state_path, lambda: now_ms)
+    try:
+        state.set_fleet(fleet)
+        state.put_node(
+            Node(
+                id=settings.node_id,
+                name=settings.node,
+                region=settings.region,
+                recipient=node.recipient,
+                joined_ms=now_ms,
+            )
+        )
+        return issue_local_token(state, settings.data_dir, now_ms)
+    finally:
+        state.close()

@@ -1,0 +1,5 @@
+"""``python -m replicator`` is the command ``replicator``. Owns nothing else."""
+
+from replicator.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""Setup and serve: what a node is made of, how it starts and stops, and what it leaves running."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import requests
+from platform_support import GUESTBOOK, OWNER, QUICK, SITE, FakeBackups, FakeProber, WatchedEngine, until
+
+from minipaas.access import read_local_token
+from minipaas.edge.fake import FakeEdge
+from minipaas.engine.fake import make_image
+from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
+from minipaas.sealing import Identity
+from minipaas.serve import Server, Wiring, stop_everything
+from minipaas.service import DeployRequest
+from minipaas.settings import Credentials, Settings, read_credentials, read_settings, write_settings
+from minipaas.setup import SetupRequest, setup
+from minipaas.sources import Source
+from replicator.errors import LeaseHeld, LeaseLost, ReplicatorError, StoreUnavailable
+from replicator.store.memory import MemoryStore
+
+
+def request_for(directory: Path) -> SetupRequest:
+    return SetupRequest(
+        data_dir=directory / "data",
+        run_dir=directory / "run",
+        bucket="s3://bucket/fleet",
+        node="a",
+        region="ams",
+        api_listen="127.0.0.1:0",
+        credentials=Credentials("key", "correct horse"),
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return setup(request_for(tmp_path), MemoryStore(), 1000).settings
+
+
+class Host:
+    """The outside parts of a node, which outlive its process."""
+
+    def __init__(self) -> None:
+        self.engine, self.edge, self.backups = WatchedEngine(), FakeEdge(), FakeBackups()
+        self.wiring = Wiring(
+            backups=lambda settings: self.backups,
+            engine=lambda settings: self.engine,
+            edge=lambda settings: self.edge,
+            prober=FakeProber(self.engine),
+            limits=QUICK,
+        )
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def server(settings: Settings, host: Host) -> Iterator[Server]:
+    server = Server(settings, host.wiring)
+    server.start()
+    yield server
+    if not server.ended.is_set():
+        server.stop()
+
+
+def deploy_site(server: Server, host: Host) -> None:
+    host.engine.images.remote["site"] = make_image([bytes(1024)])
+    server.platform.deploy(OWNER, "site", DeployRequest(Source(kind="image", ref="site"), SITE))
+
+
+# -- setup
+
+
+def test_setup_writes_a_node_and_keeps_no_private_half_of_the_recovery_key(tmp_path: Path) -> None:
+    bucket = MemoryStore()
+    result = setup(request_for(tmp_path), bucket, 1000)
+    data_dir = tmp_path / "data"
+    assert read_settings(data_dir) == result.settings
+    assert read_local_token(data_dir) == result.token
+    kept = b"".join(path.read_bytes() for path in data_dir.rglob("*") if path.is_file())
+    kept += b"".join(bucket.get(each.key) for each in bucket.list())
+    assert result.recovery_key.encode() not in kept
+    assert Identity.parse(result.recovery_key).recipient.encode() in bucket.get("fleet/fleet.json")
+    assert result.recovery_key not in repr(result)
+
+
+@pytest.mark.parametrize("name", ["node.toml", "node.key", "token", "credentials"])
+def test_what_setup_writes_is_for_root_only(settings: Settings, name: str) -> None:
+    assert ((settings.data_dir / name).stat().st_mode & 0o777) == 0o600
+
+
+def test_setup_refuses_a_directory_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").touch()
+    with pytest.raises(NodeNotEmpty, match="is not an empty directory"):
+        setup(request_for(tmp_path), MemoryStore(), 1000)
+
+
+def test_setup_refuses_a_bucket_that_holds_a_fleet_and_leaves_nothing(tmp_path: Path) -> None:
+    bucket = MemoryStore()
+    setup(request_for(tmp_path / "first"), bucket, 1000)
+    with pytest.raises(Conflict, match="minipaas recover"):
+        setup(request_for(tmp_path / "second"), bucket, 1000)
+    assert not (tmp_path / "second" / "data").exists()
+
+
+def test_settings_with_an_unknown_key_name_it(settings: Settings) -> None:
+    path = settings.data_dir / "node.toml"
+    path.write_text(path.read_text() + 'colour = "red"\n')
+    with pytest.raises(BadRequest, match="colour"):
+        read_settings(settings.data_dir)
+
+
+def test_credentials_come_from_the_environment_before_the_file(settings: Settings) -> None:
+    environ = {"MINIPAAS_ACCESS_KEY": "other", "MINIPAAS_SECRET_KEY": "other secret"}
+    assert read_credentials(settings.data_dir, environ) == Credentials("other", "other secret")
+    assert read_credentials(settings.data_dir, {}) == Credentials("key", "correct horse")
+    assert "correct horse" not in repr(read_credentials(settings.data_dir, {}))
+
+
+# -- serve
+
+
+def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    headers = {"Authorization": f"Bearer {read_local_token(settings.data_dir)}"}
+    url = f"http://{settings.api_listen}/v1/status"
+    assert requests.get(url, headers=headers, timeout=5).json()["name"] == "a"
+    assert requests.get(url, timeout=5).status_code == 401
+    server.stop()
+
+
+def replace_port(settings: Settings) -> Settings:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    changed: Settings = msgspec.structs.replace(settings, api_listen=f"127.0.0.1:{port}")
+    write_settings(changed)
+    return changed
+
+
+def test_a_second_serve_on_the_same_directory_is_refused(server: Server, host: Host) -> None:
+    with pytest.raises(AlreadyRunning, match="another minipaas works on"):
+        Server(server.settings, host.wiring).start()
+
+
+def test_a_stop_leaves_apps_and_edge_running_and_says_that_all_is_durable(server: Server, host: Host) -> None:
+    deploy_site(server, host)
+    server.ended.set()
+    assert server.stop() == ["left running: site, the edge, the engine", "everything that was committed is durable"]
+    assert (len(host.engine.running()), host.edge.started) == (1, True)
+
+
+def test_a_stop_while_the_bucket_is_away_says_what_is_not_durable(server: Server, host: Host) -> None:
+    host.backups.unreachable = True
+    server.ended.set()
+    assert "NOT durable yet: the state" in server.stop()[1]
+
+
+def test_the_next_serve_adopts_what_runs(settings: Settings, host: Host) -> None:
+    first = Server(settings, host.wiring)
+    first.start()
+    deploy_site(first, host)
+    first.stop()
+    before = host.engine.running()[0].id, host.edge.applied
+    second = Server(settings, host.wiring)
+    second.start()
+    until(lambda: second.platform.app(OWNER, "site").machines[0].state == "started")
+    assert (host.engine.running()[0].id, host.edge.applied) == before
+    second.stop()
+
+
+def test_an_address_that_is_taken_is_named_and_nothing_stays_locked(settings: Settings, host: Host) -> None:
+    changed = replace_port(settings)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(changed.api_listen.split(":")[1])))
+        taken.listen()
+        with pytest.raises(Unavailable, match="cannot listen on"):
+            Server(changed, host.wiring).start()
+    again = Server(changed, host.wiring)
+    again.start()
+    again.stop()
+
+
+def test_down_ends_apps_and_edge_and_ships_what_they_wrote_last(settings: Settings, host: Host) -> None:
+    server = Server(settings, host.wiring)
+    server.start()
+    request = DeployRequest(Source(kind="image", ref="site"), GUESTBOOK)
+    host.engine.images.remote["site"] = make_image([bytes(1024)])
+    server.platform.deploy(OWNER, "guestbook", request)
+    with pytest.raises(AlreadyRunning):
+        stop_everything(settings, host.wiring, print)
+    server.stop()
+    host.backups.synced.clear()
+    said: list[str] = []
+    stop_everything(settings, host.wiring, said.append)
+    assert (host.engine.containers.list(), host.edge.started, len(host.backups.synced)) == ((), False, 1)
+    assert said == [
+        "stopped 1 containers",
+        "the edge and the engine service have ended; everything that was committed is durable",
+    ]
+
+
+# -- the lease of the bucket
+
+
+class FakeLease:
+    def __init__(self, answers: list[ReplicatorError | None], lost: threading.Event, leaving: threading.Event) -> None:
+        self._answers, self._lost, self._leaving = answers, lost, leaving
+
+    def acquire(self) -> int:
+        answer = self._answers.pop(0) if self._answers else None
+        if answer is not None:
+            raise answer
+        return 1
+
+    def keep(self, on_lost: Callable[[ReplicatorError], None]) -> None:
+        while not self._leaving.wait(0.01):
+            if self._lost.is_set():
+                on_lost(LeaseLost("node b has it now"))
+                return
+
+
+def with_lease(host: Host, answers: list[ReplicatorError | None], lost: threading.Event) -> Wiring:
+    return replace(host.wiring, lease=lambda settings, leaving: FakeLease(answers, lost, leaving))
+
+
+def test_a_node_whose_fleet_another_holds_does_not_start(settings: Settings, host: Host) -> None:
+    server = Server(settings, with_lease(host, [LeaseHeld("node b is alive")], threading.Event()))
+    with pytest.raises(FleetHeld, match="node b is alive"):
+        server.start()
+    assert not host.edge.started
+
+
+def test_a_store_that_is_away_at_the_start_does_not_stop_the_apps(settings: Settings, host: Host) -> None:
+    server = Server(settings, with_lease(host, [StoreUnavailable("away")] * 2, threading.Event()))
+    server.start()
+    assert host.edge.started
+    server.stop()
+
+
+def test_a_node_that_loses_its_fleet_ends_and_stops_its_apps(settings: Settings, host: Host) -> None:
+    lost = threading.Event()
+    server = Server(settings, with_lease(host, [], lost))
+    server.start()
+    deploy_site(server, host)
+    lost.set()
+    assert server.ended.wait(5)
+    server.stop()
+    server.fence()
+    assert "node b has it now" in server.lost
+    assert (host.engine.running(), host.edge.started) == ([], False)
