@@ -19,7 +19,13 @@ import msgspec
 import xxhash
 
 from replicator import durable, failpoints
-from replicator.errors import DatabaseError, DatabaseNotReplicable, LocalStateDamaged, SegmentDamaged, SegmentVersionUnknown
+from replicator.errors import (
+    DatabaseError,
+    DatabaseNotReplicable,
+    LocalStateDamaged,
+    SegmentDamaged,
+    SegmentVersionUnknown,
+)
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.pagehash import StateHashes, page_hash
 from replicator.segment import SegmentHeader, SegmentReader, SegmentWriter, Source

@@ -35,7 +35,7 @@ def node_options(command: Callable[..., None]) -> Callable[..., None]:
         data_option,
         click.option("--run", "run_dir", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_RUN_DIR,
                      show_default=True, help="Sockets; emptied by a reboot."),
-        click.option("--bucket", required=True, 
+        click.option("--bucket", required=True,
                      help="s3://BUCKET/PREFIX?endpoint=URL&region=R; keys in MINIPAAS_ACCESS_KEY and MINIPAAS_SECRET_KEY."),
         click.option("--name", "node", required=True, help="Of this node."),
         click.option("--region", required=True, help="Where it is, such as ams."),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import struct
-import os
 import threading
 import tracemalloc
 from collections.abc import Callable
