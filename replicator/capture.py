@@ -40,7 +40,6 @@ _NO_FILE = Source(0, 0, 0, 0, 0, 0, 0, False)
 """The source of a captured state whose file is gone: no file is inode 0, so what is at the path later is another one, even if it gets the old number."""
 
 
-
 class ContinuityLost(Exception):
     """The captured state cannot be proven to be the one before what is in the WAL now. Handled here, by comparing."""
 

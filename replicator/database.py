@@ -149,7 +149,9 @@ class LiveDatabase:
         """Begin the first read transaction. From here on the WAL holds still, or, without a WAL, nobody commits. Raises DatabaseBusy."""
         with _translated(self.path):
             _begin_read(self._holder)
-            self.page_size = int(self._holder.execute("PRAGMA page_size").get)  # VACUUM changes it, where there is no WAL
+            self.page_size = int(
+                self._holder.execute("PRAGMA page_size").get
+            )  # VACUUM changes it, where there is no WAL
         if self.journal is Journal.WAL and self._wal_file < 0:
             self._wal_file = self._open_wal()
 

@@ -127,7 +127,9 @@ class Scheduler(Generic[W]):
             return
         self._next_due[worker] = due
         heapq.heappush(self._due, (due, next(self._order), worker))
-        if len(self._due) > 2 * len(self._next_due) + _STALE:  # entries of workers that were woken earlier than they asked for
+        if (
+            len(self._due) > 2 * len(self._next_due) + _STALE
+        ):  # entries of workers that were woken earlier than they asked for
             self._due = [entry for entry in self._due if self._next_due.get(entry[2]) == entry[0]]
             heapq.heapify(self._due)
         self._turn.notify_all()

@@ -12,24 +12,30 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from replicator import catalogue
-from replicator.errors import DatabaseError, DatabaseMissing, ReplicatorError, StoreError, SyncTimeout
-from replicator.scheduler import Scheduler
+from replicator.database import is_database_file
+from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
 from replicator.watch import STATE_SUFFIX, Folder, Watch
-from replicator.worker import DatabaseStatus, DatabaseWorker, WorkerSettings
+from replicator.worker import DatabaseStatus, DatabaseWorker, Protection, WorkerSettings
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 60.0
 CAPTURE_THREADS = 4
 UPLOAD_THREADS = 16
-DISCOVER_PAUSE_S = 0.05
-"""Between two looks at the folders, so that a storm of events costs little."""
+STOP_THREADS = 32
+LAST_STEP_S = 1.0
+"""A step or an upload that runs when the time for a stop is over gets this much more to end."""
+LOOK_PAUSE_S = 0.05
+"""Between two looks at what appeared or went, so that a storm of events costs little."""
+LINGER_S = 0.5
+"""A database that is gone is kept in mind until its last commits are in the store; this long between two looks."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,14 @@ class _Watched:
     settings: WorkerSettings
 
 
+@dataclass
+class _Replicated:
+    """A database under replication. folder: in which it was found; None when it was named."""
+
+    worker: DatabaseWorker
+    folder: Path | None
+
+
 class Replicator:
     """Replicates databases until it is stopped. Every method may be called from any thread.
 
@@ -67,14 +81,17 @@ class Replicator:
         self._writer = writer or f"{socket.gethostname()}:{os.getpid()}"
         self._now_ms = now_ms
         self._guard = threading.RLock()
-        self._workers: dict[Path, DatabaseWorker] = {}
+        self._databases: dict[Path, _Replicated] = {}
+        self._refused: dict[Path, tuple[str, str]] = {}  # databases in folders that cannot be taken up: URL and reason
         self._folders: dict[Path, _Watched] = {}
-        self._uploads = ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="upload")
+        self._uploads = Crew(UPLOAD_THREADS, "upload")
         self._scheduler: Scheduler[DatabaseWorker] = Scheduler(CAPTURE_THREADS, "capture")
         self._watch = Watch(self._touched, self._appeared)
         self._sweeper = threading.Thread(target=self._sweep_forever, name="sweep", daemon=True)
         self._stopping = threading.Event()
         self._look = threading.Event()
+        self._look_guard = threading.Lock()
+        self._to_look_at: set[Path] = set()
 
     def start(self) -> None:
         self._watch.start()
@@ -89,91 +106,124 @@ class Replicator:
 
         Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder cannot be watched.
         """
-        path = path.absolute()
-        with self._guard:
-            if path in self._workers:
-                return
-            worker = DatabaseWorker(
-                path,
-                store,
-                state or default_state(path),
-                self._uploads,
-                settings or WorkerSettings(),
-                self._scheduler.wake,
-                writer=self._writer,
-                now_ms=self._now_ms,
-            )
-            try:
-                self._watch.add_file(path)
-            except ReplicatorError:
-                worker.close()
-                raise
-            self._workers[path] = worker
-        self._scheduler.wake(worker)
+        self._add(path.absolute(), store, state, settings or WorkerSettings(), folder=None, register=lambda: None)
 
     def add_folder(
         self, folder: Folder, store: ObjectStore, *, state: Path | None = None, settings: WorkerSettings | None = None
     ) -> None:
         """Replicate every database in a folder, those that appear later too. store: each gets a place of its own in it.
 
-        state: folder below which each database's state goes; None for beside it.
+        state: folder below which each database's state goes; None for beside it. Raises ConfigError when it cannot be watched.
         """
+        folder = replace(folder, path=folder.path.absolute())
         with self._guard:
             if folder.path in self._folders:
                 return
             watched = _Watched(folder, store, state, settings or WorkerSettings())
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
-        self._discover(watched)
+        self._discover(watched, folder.path)
 
     def remove(self, path: Path, timeout_s: float = 10.0) -> None:
         """Stop replicating a database. What is in the store stays there, what waits stays in the spool."""
         with self._guard:
-            worker = self._workers.pop(path.absolute(), None)
-            if worker is None:
+            replicated = self._databases.pop(path.absolute(), None)
+            if replicated is None:
                 return
-            self._watch.remove_file(worker.path)
-        self._close(worker, timeout_s)
+            if replicated.folder is None:
+                self._watch.remove_file(replicated.worker.path)
+        self._close(replicated.worker, timeout_s)
 
     def remove_folder(self, path: Path, timeout_s: float = 10.0) -> None:
+        """Stop replicating a folder: the databases that were found in it, not those that were named one by one."""
+        path = path.absolute()
         with self._guard:
             watched = self._folders.pop(path, None)
             if watched is None:
                 return
             self._watch.remove_folder(watched.folder)
-            inside = [known for known in self._workers if known.is_relative_to(path)]
-        for database in inside:
+            found = self._found_in(path)
+            self._refused = {known: why for known, why in self._refused.items() if not known.is_relative_to(path)}
+        for database in found:
             self.remove(database, timeout_s)
+
+    def _add(
+        self,
+        path: Path,
+        store: ObjectStore,
+        state: Path | None,
+        settings: WorkerSettings,
+        *,
+        folder: Path | None,
+        register: Callable[[], object],
+    ) -> None:
+        with self._guard:
+            if path in self._databases or self._stopping.is_set():
+                return
+            worker = DatabaseWorker(
+                path,
+                store,
+                state or default_state(path),
+                self._uploads,
+                settings,
+                self._scheduler.wake,
+                writer=self._writer,
+                now_ms=self._now_ms,
+                register=register,
+            )
+            try:
+                if folder is None:
+                    self._watch.add_file(path)
+            except ReplicatorError:
+                worker.close()
+                raise
+            self._databases[path] = _Replicated(worker, folder)
+        self._scheduler.wake(worker)
 
     # -- how it is -----------------------------------------------------------------------------------------------------
 
     def status(self) -> list[DatabaseStatus]:
+        """Of every database, those too that were found and cannot be replicated."""
         with self._guard:
-            workers = list(self._workers.values())
-        return [worker.status() for worker in sorted(workers, key=lambda worker: worker.path)]
+            workers = [replicated.worker for replicated in self._databases.values()]
+            refused = [_refusal(path, *why) for path, why in self._refused.items() if path not in self._databases]
+        return sorted([*(worker.status() for worker in workers), *refused], key=lambda status: status.path)
 
     def sync(self, path: Path, timeout_s: float) -> Position:
-        """Wait until everything committed to the database before the call is durable. Raises SyncTimeout, DatabaseMissing."""
+        """Wait until everything committed to the database before the call is durable.
+
+        Raises SyncTimeout; DatabaseMissing, also when it is not replicated here; NotADatabase.
+        """
         with self._guard:
-            worker = self._workers.get(path.absolute())
-        if worker is None:
+            replicated = self._databases.get(path.absolute())
+        if replicated is None:
             raise DatabaseMissing(f"{path} is not replicated here; `replicator status` lists what is")
-        return worker.sync(timeout_s)
+        return replicated.worker.sync(timeout_s)
 
     def sync_folder(self, path: Path, timeout_s: float) -> None:
         """The same for every database in a folder, those that appeared just now too."""
+        path = path.absolute()
         with self._guard:
             watched = self._folders.get(path)
         if watched is None:
             raise DatabaseMissing(f"{path} is not a folder that is replicated here")
-        self._discover(watched)
         deadline = time.monotonic() + timeout_s
-        for database in self._inside(path):
-            self.sync(database, max(0.0, deadline - time.monotonic()))
-
-    def _inside(self, path: Path) -> list[Path]:
+        self._discover(watched, path)
         with self._guard:
-            return [known for known in self._workers if known.is_relative_to(path)]
+            refused = [why for known, (_, why) in self._refused.items() if known.is_relative_to(path)]
+            inside = [known for known in self._databases if known.is_relative_to(path)]
+        if refused:
+            raise SyncTimeout(refused[0])
+        for database in inside:
+            try:
+                self.sync(database, max(0.0, deadline - time.monotonic()))
+            except (DatabaseMissing, NotADatabase):
+                if database.exists():
+                    raise
+
+    def _found_in(self, folder: Path) -> list[Path]:
+        with self._guard:
+            return [path for path, replicated in self._databases.items() if replicated.folder == folder]
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
@@ -184,73 +234,149 @@ class Replicator:
         self._look.set()
         self._watch.stop()
         with self._guard:
-            workers = list(self._workers.values())
-        with ThreadPoolExecutor(min(32, len(workers) + 1), thread_name_prefix="stop") as pool:
+            workers = [replicated.worker for replicated in self._databases.values()]
+        with ThreadPoolExecutor(min(STOP_THREADS, len(workers) + 1), thread_name_prefix="stop") as pool:
             late = [found for found in pool.map(lambda worker: _last_sync(worker, deadline), workers) if found]
-        for worker in workers:
-            self._close(worker, max(1.0, deadline - time.monotonic()))
-        self._scheduler.stop()
-        self._uploads.shutdown(wait=False, cancel_futures=True)
+            list(pool.map(lambda worker: self._close(worker, max(LAST_STEP_S, deadline - time.monotonic())), workers))
+        self._scheduler.stop(LAST_STEP_S)
+        self._uploads.stop(LAST_STEP_S)
         if self._sweeper.is_alive():
-            self._sweeper.join()
+            self._sweeper.join(max(LAST_STEP_S, deadline - time.monotonic()))
         with self._guard:
-            self._workers.clear()
+            self._databases.clear()
             self._folders.clear()
+            self._refused.clear()
         return late
 
     def _close(self, worker: DatabaseWorker, timeout_s: float) -> None:
-        if self._scheduler.forget(worker, timeout_s):
-            worker.close()
-        else:
-            log.warning("%s: its step did not end in time; it is left to the end of the process", worker.path)
+        if not self._scheduler.forget(worker, timeout_s):
+            log.warning("%s: its step did not end in time; it is let go of when it does", worker.path)
+        worker.close()
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
-    def _touched(self, path: Path) -> None:
+    def _touched(self, path: Path, gone: bool) -> None:
         """A file event. A known database is woken; what may be a new one, or is gone, is looked at by the sweeper."""
-        worker = self._workers.get(path)
-        if worker is not None:
-            self._scheduler.wake(worker)
-        elif any(watched.folder.takes(path) for watched in list(self._folders.values())):
-            self._look.set()
+        replicated = self._databases.get(path)
+        if replicated is not None:
+            replicated.worker.touched()
+        if gone or replicated is None:
+            if any(watched.folder.takes(path) for watched in list(self._folders.values())):
+                self._look_at(path)
 
-    def _appeared(self, _: Folder) -> None:
+    def _appeared(self, _: Folder, path: Path) -> None:
+        self._look_at(path)
+
+    def _look_at(self, path: Path) -> None:
+        with self._look_guard:
+            self._to_look_at.add(path)
         self._look.set()
 
     def _sweep_forever(self) -> None:
+        sweep_at = time.monotonic() + self._sweep_s
+        lingering: set[Path] = set()
         while not self._stopping.is_set():
-            looked_for = self._look.wait(self._sweep_s)
+            until_sweep_s = max(0.0, sweep_at - time.monotonic())
+            self._look.wait(min(LINGER_S, until_sweep_s) if lingering else until_sweep_s)
             self._look.clear()
             if self._stopping.is_set():
                 return
-            with self._guard:
-                folders = list(self._folders.values())
-                workers = [] if looked_for else list(self._workers.values())
-            for watched in folders:
-                self._discover(watched)
-            for worker in workers:
-                self._scheduler.wake(worker)
-            self._stopping.wait(DISCOVER_PAUSE_S)
+            with self._look_guard:
+                paths, self._to_look_at = self._to_look_at | lingering, set()
+            if time.monotonic() >= sweep_at:
+                self._sweep()
+                sweep_at = time.monotonic() + self._sweep_s
+                paths |= set(self._databases)
+            lingering = {path for path in paths if self._examine(path)}
+            self._stopping.wait(LOOK_PAUSE_S)
 
-    def _discover(self, watched: _Watched) -> None:
-        """Take up the databases of a folder that are new, drop those that are gone."""
-        for path in watched.folder.databases():
-            if path not in self._workers:
-                self._adopt(watched, path)
-        for path in self._inside(watched.folder.path):
-            if not path.exists():
-                log.info("%s is gone; it is not replicated any more, its replica stays", path)
-                self.remove(path)
+    def _sweep(self) -> None:
+        """What events may have missed."""
+        try:
+            self._watch.renew()
+        except ReplicatorError as error:
+            log.warning("%s", error)
+        with self._guard:
+            folders = list(self._folders.values())
+            workers = [replicated.worker for replicated in self._databases.values()]
+        for watched in folders:
+            self._discover(watched, watched.folder.path)
+        for worker in workers:
+            self._scheduler.wake(worker)
+
+    def _examine(self, path: Path) -> bool:
+        """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""
+        if path.is_dir():
+            for watched in list(self._folders.values()):
+                self._discover(watched, path)
+            return False
+        if os.path.lexists(path):
+            for watched in list(self._folders.values()):
+                if watched.folder.takes(path) and is_database_file(path):
+                    self._adopt(watched, path)
+                    break
+            return False
+        with self._guard:
+            self._refused.pop(path, None)
+            found = {known: it for known, it in self._databases.items() if it.folder and known.is_relative_to(path)}
+        for known, replicated in found.items():
+            if replicated.worker.is_finished:
+                log.info("%s is gone; it is not replicated any more, its replica stays", known)
+                self.remove(known)
+            else:
+                self._scheduler.wake(replicated.worker)
+        return any(known in self._databases for known in found)
+
+    def _discover(self, watched: _Watched, below: Path) -> None:
+        for path in watched.folder.databases(below):
+            self._adopt(watched, path)
 
     def _adopt(self, watched: _Watched, path: Path) -> None:
-        name = path.relative_to(watched.folder.path)
+        if path in self._databases:
+            return
+        folder = watched.folder.path
+        name = path.relative_to(folder)
+        replica = catalogue.replica_of(watched.store, name)
+        state = watched.state / catalogue.encode(name) if watched.state else None
         try:
-            replica = catalogue.register(watched.store, watched.folder.path, path)
-            state = watched.state / catalogue.encode(name) if watched.state else None
-            self.add(path, replica, state=state, settings=watched.settings)
+            self._add(
+                path,
+                replica,
+                state,
+                watched.settings,
+                folder=folder,
+                register=lambda: catalogue.register(watched.store, folder, path),
+            )
+        except ReplicatorError as error:
+            with self._guard:
+                is_news = self._refused.get(path) != (replica.url, str(error))
+                self._refused[path] = (replica.url, str(error))
+            if is_news:
+                log.warning("%s is not replicated yet: %s", path, error)
+        else:
+            with self._guard:
+                self._refused.pop(path, None)
             log.info("found %s", path)
-        except (StoreError, DatabaseError, OSError) as error:
-            log.warning("%s is not replicated yet: %s", path, error)
+
+
+def _refusal(path: Path, url: str, reason: str) -> DatabaseStatus:
+    return DatabaseStatus(
+        path=path,
+        url=url,
+        protection=Protection.NOT_PROTECTED,
+        reason=reason,
+        lag_s=0.0,
+        captured=None,
+        durable=None,
+        durable_ms=0,
+        waiting_segments=0,
+        waiting_bytes=0,
+        wal_bytes=0,
+        page_size=0,
+        page_count=0,
+        checkpoint_blocked=False,
+        barrier_s=0.0,
+    )
 
 
 def default_state(path: Path) -> Path:
@@ -261,7 +387,8 @@ def default_state(path: Path) -> Path:
 def _last_sync(worker: DatabaseWorker, deadline: float) -> NotDurable | None:
     try:
         worker.sync(max(0.1, deadline - time.monotonic()))
+    except (DatabaseMissing, NotADatabase):
+        return None
     except SyncTimeout as error:
-        if worker.path.exists():
-            return NotDurable(worker.path, str(error))
+        return NotDurable(worker.path, str(error))
     return None

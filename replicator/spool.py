@@ -91,7 +91,9 @@ class Spool:
             self._waiting_since = dict.fromkeys(_refs(self._waiting), time.monotonic())
         except OSError as error:
             self.close()
-            raise DatabaseError(f"{directory} cannot hold the local state: {error.strerror}; it must be writable") from error
+            raise DatabaseError(
+                f"{directory} cannot hold the local state: {error.strerror}; it must be writable"
+            ) from error
 
     def close(self) -> None:
         """An upload that is still under way does not count any more: its segment waits for the next who takes the folder."""

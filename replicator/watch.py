@@ -16,8 +16,8 @@ from pathlib import Path
 
 from watchdog.events import (
     DirCreatedEvent,
+    DirDeletedEvent,
     DirMovedEvent,
-    FileClosedEvent,
     FileCreatedEvent,
     FileDeletedEvent,
     FileModifiedEvent,
@@ -37,8 +37,9 @@ COMPANIONS = ("-wal", "-shm", "-journal")
 STATE_SUFFIX = "-replicator"
 """A database's own state folder is ``.<name>-replicator`` beside it, unless it is told otherwise."""
 
-_FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
-_TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent]
+_FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent]
+_TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent, DirDeletedEvent]
+_ENOSPC, _EMFILE = 28, 24
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Folder:
     pattern: str = "*"
     recursive: bool = True
 
-    def databases(self) -> Iterator[Path]:
-        """The databases that are in it now."""
-        for here, folders, files in os.walk(self.path):
+    def databases(self, below: Path | None = None) -> Iterator[Path]:
+        """The databases that are in it now, or in the part of it that is below a path."""
+        if below is not None and not self._reaches(below):
+            return
+        for here, folders, files in os.walk(below or self.path):
             folders[:] = [name for name in folders if self.recursive and not _is_state(name)]
             for name in files:
                 path = Path(here, name)
@@ -62,10 +65,14 @@ class Folder:
         """Whether a file there would be looked at."""
         if not path.is_relative_to(self.path) or path.name.endswith(COMPANIONS) or path.is_symlink():
             return False
-        within = path.relative_to(self.path).parts
-        if any(_is_state(part) for part in within) or (len(within) > 1 and not self.recursive):
+        return self._reaches(path.parent) and fnmatch.fnmatchcase(path.name, self.pattern)
+
+    def _reaches(self, folder: Path) -> bool:
+        """Whether files in a folder are of interest."""
+        if not folder.is_relative_to(self.path):
             return False
-        return fnmatch.fnmatchcase(path.name, self.pattern)
+        within = folder.relative_to(self.path).parts
+        return not any(_is_state(part) for part in within) and (self.recursive or not within)
 
 
 def _is_state(name: str) -> bool:
@@ -80,16 +87,30 @@ def database_of(path: Path) -> Path:
     return path
 
 
+@dataclass
+class _Scheduled:
+    """One folder under watch. users: how many databases and folders of ours need it. inode: which folder it was."""
+
+    watch: ObservedWatch
+    handler: FileSystemEventHandler
+    users: int
+    inode: int
+
+
+_Key = tuple[Path, Folder | None]
+
+
 class Watch:
     """Calls back from the observer's thread; the callbacks must be quick."""
 
-    def __init__(self, touched: Callable[[Path], None], appeared: Callable[[Folder], None]) -> None:
-        """touched: with the path of a database (or what may become one) whose files changed. appeared: a folder below a watched one is new."""
+    def __init__(self, touched: Callable[[Path, bool], None], appeared: Callable[[Folder, Path], None]) -> None:
+        """touched: with the path of a database (or what may become one) whose files changed, and whether one of them was there and is gone.
+        appeared: a folder below a watched one is new, or is gone."""
         self._touched = touched
         self._appeared = appeared
         self._observer: BaseObserver = Observer()
         self._guard = threading.Lock()
-        self._watches: dict[Path, tuple[ObservedWatch, int]] = {}
+        self._watches: dict[_Key, _Scheduled] = {}
 
     def start(self) -> None:
         self._observer.start()
@@ -101,46 +122,76 @@ class Watch:
 
     def add_file(self, path: Path) -> None:
         """Watch one database. Raises ConfigError when its folder is missing or cannot be watched."""
-        self._add(path.parent, recursive=False, folder=None)
+        self._add((path.parent, None))
 
     def remove_file(self, path: Path) -> None:
-        self._remove(path.parent)
+        self._remove((path.parent, None))
 
     def add_folder(self, folder: Folder) -> None:
-        self._add(folder.path, recursive=folder.recursive, folder=folder)
+        """Raises ConfigError when it is missing or cannot be watched."""
+        self._add((folder.path, folder))
 
     def remove_folder(self, folder: Folder) -> None:
-        self._remove(folder.path)
+        self._remove((folder.path, folder))
 
-    def _add(self, path: Path, *, recursive: bool, folder: Folder | None) -> None:
+    def renew(self) -> None:
+        """Watch again what was deleted and made anew, since the kernel watches folders, not paths."""
         with self._guard:
-            known = self._watches.get(path)
+            for key, known in self._watches.items():
+                inode = _inode(key[0])
+                if inode not in (0, known.inode):
+                    self._observer.unschedule(known.watch)
+                    renewed = self._schedule(key)
+                    known.watch, known.handler, known.inode = renewed.watch, renewed.handler, inode
+
+    def _add(self, key: _Key) -> None:
+        with self._guard:
+            known = self._watches.get(key)
             if known is not None:
-                self._watches[path] = (known[0], known[1] + 1)
-                return
-            handler = _Handler(self._touched, self._appeared, folder)
-            events = _TREE_EVENTS if folder else _FILE_EVENTS
-            try:
-                watch = self._observer.schedule(handler, str(path), recursive=recursive, event_filter=events)
-            except OSError as error:
-                hint = "; raise fs.inotify.max_user_watches" if error.errno == 28 else ""
-                raise ConfigError(f"{path} cannot be watched: {error.strerror}{hint}") from error
-            self._watches[path] = (watch, 1)
-
-    def _remove(self, path: Path) -> None:
-        with self._guard:
-            watch, count = self._watches.pop(path, (None, 0))
-            if watch is None:
-                return
-            if count > 1:
-                self._watches[path] = (watch, count - 1)
+                known.users += 1
             else:
-                self._observer.unschedule(watch)
+                self._watches[key] = self._schedule(key)
+
+    def _schedule(self, key: _Key) -> _Scheduled:
+        path, folder = key
+        handler = _Handler(self._touched, self._appeared, folder)
+        events = _TREE_EVENTS if folder else _FILE_EVENTS
+        recursive = folder is not None and folder.recursive
+        inode = _inode(path)
+        try:
+            watch = self._observer.schedule(handler, str(path), recursive=recursive, event_filter=events)
+        except OSError as error:
+            hints = {_ENOSPC: "; raise fs.inotify.max_user_watches", _EMFILE: "; raise fs.inotify.max_user_instances"}
+            raise ConfigError(f"{path} cannot be watched: {error.strerror}{hints.get(error.errno or 0, '')}") from error
+        return _Scheduled(watch, handler, 1, inode)
+
+    def _remove(self, key: _Key) -> None:
+        with self._guard:
+            known = self._watches.get(key)
+            if known is None:
+                return
+            known.users -= 1
+            if known.users:
+                return
+            del self._watches[key]
+            others = any(other.watch == known.watch for other in self._watches.values())
+            if others:  # a folder and a database in it may share one
+                self._observer.remove_handler_for_watch(known.handler, known.watch)
+            else:
+                self._observer.unschedule(known.watch)
+
+
+def _inode(path: Path) -> int:
+    """0 when it is not there."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
 
 
 class _Handler(FileSystemEventHandler):
     def __init__(
-        self, touched: Callable[[Path], None], appeared: Callable[[Folder], None], folder: Folder | None
+        self, touched: Callable[[Path, bool], None], appeared: Callable[[Folder, Path], None], folder: Folder | None
     ) -> None:
         self._touched = touched
         self._appeared = appeared
@@ -149,8 +200,9 @@ class _Handler(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         if event.is_directory:
             if self._folder is not None:
-                self._appeared(self._folder)
+                self._appeared(self._folder, Path(os.fsdecode(event.dest_path or event.src_path)))
             return
-        for name in (event.src_path, event.dest_path):
+        is_gone = isinstance(event, (FileDeletedEvent, FileMovedEvent))
+        for name, gone in ((event.src_path, is_gone), (event.dest_path, False)):
             if name:
-                self._touched(database_of(Path(os.fsdecode(name))))
+                self._touched(database_of(Path(os.fsdecode(name))), gone)

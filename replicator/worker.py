@@ -278,7 +278,8 @@ class DatabaseWorker:
             return self._steps_begun >= step and not self._stepping and _is_absence(self._problem)
 
         left_s = max(0.0, deadline - time.monotonic())
-        if not self._changed.wait_for(lambda: self._captured_step >= step or is_missing(), left_s):
+        self._changed.wait_for(lambda: self._captured_step >= step or is_missing() or self._closed, left_s)
+        if self._captured_step < step and not is_missing():
             raise SyncTimeout(f"{self.path} could not be captured within {timeout_s:g} s{self._because()}")
         return self._problem if is_missing() else None
 

@@ -57,7 +57,7 @@ def apps() -> None:
 @with_client
 def list_apps(client: Client, as_json: bool) -> None:
     """All apps, and how they are."""
-    found = client.get("/v1/apps")["apps"]
+    found = client.get("/v1/apps")
     if as_json:
         text.as_json(found)
         return
@@ -199,7 +199,7 @@ apps.add_command(restart)
 @with_client
 def releases(client: Client, name: str, app: str, as_json: bool) -> None:
     """The releases of an app, newest first."""
-    found = client.get(f"/v1/apps/{_app(name, app)}/releases")["releases"]
+    found = client.get(f"/v1/apps/{_app(name, app)}/releases")
     if as_json:
         text.as_json(found)
         return
@@ -223,7 +223,7 @@ def volumes() -> None:
 @with_client
 def list_volumes(client: Client, as_json: bool) -> None:
     """All volumes, those of destroyed apps too."""
-    found = client.get("/v1/volumes")["volumes"]
+    found = client.get("/v1/volumes")
     if as_json:
         text.as_json(found)
         return
@@ -243,7 +243,7 @@ def secrets() -> None:
 @with_client
 def list_secrets(client: Client, app: str, as_json: bool) -> None:
     """Names only; values are never shown."""
-    found = client.get(f"/v1/apps/{_app('', app)}/secrets")["secrets"]
+    found = client.get(f"/v1/apps/{_app('', app)}/secrets")
     if as_json:
         text.as_json(found)
         return
@@ -263,7 +263,7 @@ def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         values[name] = value if separator and value != "-" else sys.stdin.read().rstrip("\n")
-    answer = client.put(f"/v1/apps/{_app('', app)}/secrets", {"secrets": values})
+    answer = client.put(f"/v1/apps/{_app('', app)}/secrets", values)
     click.echo(_changed(len(values), "set", answer["release"]))
 
 

@@ -332,6 +332,20 @@ def test_a_stop_without_a_store_is_bounded_and_says_what_is_missing(place: Place
 
 
 @pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(place: Place) -> None:
+    with place.running(place.database, place.url, "--shutdown-timeout", "1h") as process:
+        place.run("sync", "--wait", place.database)
+        (place.folder / "bucket").rename(place.folder / "away")
+        (place.folder / "bucket").write_text("in the way")
+        place.insert()
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: not place.answers())  # it is on its way out, and waits for the store
+        assert process.poll() is None
+        end(process)
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
 def test_exec_returns_the_exit_code_of_its_program_after_the_last_commit_is_shipped(place: Place) -> None:
     program = "import apsw,sys; c=apsw.Connection(sys.argv[1]); c.execute('INSERT INTO t(v) VALUES (1)'); c.close(); sys.exit(7)"
     command = shlex.join([sys.executable, "-c", program, str(place.database)])
