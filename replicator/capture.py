@@ -37,7 +37,7 @@ REBASE_TRIES = 3
 FIRST_CHECKPOINT_RETRY_S = 0.5
 MAX_CHECKPOINT_RETRY_S = 60.0
 _NO_FILE = Source(0, 0, 0, 0, 0, 0, 0, False)
-"""The source of a captured state whose file is gone: no file is inode 0, so what is at the path later is another one, even if it gets the old number."""
+"""Of a captured state whose file is gone: no file is inode 0, so what comes later is another one, even if it gets the old number."""
 
 
 class ContinuityLost(Exception):
@@ -67,8 +67,8 @@ class Change:
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """checkpoint_pages: of WAL after which it is backfilled and started anew. wal_limit_bytes: when nothing can be captured, the WAL may
-    grow to this before the read lock is let go. idle_checkpoint_s: a WAL that is not empty is backfilled after this long without a commit."""
+    """checkpoint_pages: of WAL after which it is backfilled and started anew. wal_limit_bytes: when nothing can be captured, the WAL
+    may grow to this before the read lock is let go. idle_checkpoint_s: without a commit for so long, the WAL is backfilled too."""
 
     checkpoint_pages: int = 1000
     wal_limit_bytes: int = 512 * 1024 * 1024
@@ -137,7 +137,7 @@ class Capture:
     def begin_timeline(self, timeline: Timeline, txid: int, known: Captured | None, *, keep_waiting: bool) -> None:
         """Go on as ``timeline`` after ``txid``.
 
-        known: the state there, when it is known; None to begin with a snapshot. keep_waiting: whether what waits for upload leads to ``txid``.
+        known: the state there, when it is known; None to begin with a snapshot. keep_waiting: whether what waits for upload leads there.
         """
         self._continuous = False
         if self._database is not None and self._database.holds_lock:

@@ -539,17 +539,6 @@ def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -
     return f"s3://{bucket}{prefix}" + (f"?{urlencode(options)}" if options else "")
 
 
-def check_distinct(databases: Iterable[DatabaseConfig]) -> None:
-    """The same check for entries that come from elsewhere than one file. Raises UsageError."""
-    seen: list[DatabaseConfig] = []
-    for entry in databases:
-        for earlier in seen:
-            problem = _clash(earlier, entry)
-            if problem:
-                raise UsageError(f"{entry.path}: {problem} {earlier.path}")
-        seen.append(entry)
-
-
 def _clash(one: DatabaseConfig, other: DatabaseConfig) -> str:
     """Words for why the two cannot be replicated side by side, to be followed by where the other is; '' when they can."""
     if one.folder is None and other.folder is None and _same_file(one.path, other.path):

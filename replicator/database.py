@@ -1,10 +1,10 @@
 """The only opener of live databases: read locks, the write barrier, checkpoints, and raw reads of the file and its WAL.
 
 Owns every connection on a database that an application may be using. POSIX locks belong to the process and the inode: closing any
-descriptor of a database drops the locks that SQLite holds on it in the same process, those of an application in this very process too.
-So no descriptor of a database is ever opened or closed here but by SQLite itself, which puts off the closing as long as there are locks; raw bytes of the
-file are read through its connections. (The ``-wal`` file carries no locks.) Never writes to the database: a checkpoint moves what
-is in the WAL already, and the barrier is a transaction that is rolled back.
+descriptor of a database drops the locks that SQLite holds on it in the same process, those of an application in this very process
+too. So only SQLite itself opens and closes the file, which puts off the closing as long as there are locks; raw bytes are read
+through its connections. (The ``-wal`` file carries no locks.) Never writes to the database: a checkpoint moves what is in the WAL
+already, and the barrier is a transaction that is rolled back.
 
 How the WAL is held still (SQLite's wal.c: walTryBeginRead, walRestartLog, walCheckpoint):
 

@@ -103,5 +103,5 @@ def read_transactions(database: LiveDatabase, scanner: Scanner, end: int | None 
 
 def _wal_damaged(database: LiveDatabase, offset: int) -> DatabaseError:
     return DatabaseError(
-        f"{database.path}-wal is damaged at byte {offset}, where SQLite counts a commit; check the disk, and the database with integrity_check"
+        f"{database.path}-wal is damaged at byte {offset}, where SQLite counts a commit; check the disk and the database"
     )

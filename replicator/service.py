@@ -17,7 +17,7 @@ from pathlib import Path
 
 from replicator import catalogue
 from replicator.database import is_database_file
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.errors import DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
@@ -260,9 +260,9 @@ class Replicator:
         replicated = self._databases.get(path)
         if replicated is not None:
             replicated.worker.touched()
-        if gone or replicated is None:
-            if any(watched.folder.takes(path) for watched in list(self._folders.values())):
-                self._look_at(path)
+        is_of_interest = gone or replicated is None
+        if is_of_interest and any(watched.folder.takes(path) for watched in list(self._folders.values())):
+            self._look_at(path)
 
     def _appeared(self, _: Folder, path: Path) -> None:
         self._look_at(path)
@@ -283,26 +283,29 @@ class Replicator:
                 return
             with self._look_guard:
                 paths, self._to_look_at = self._to_look_at | lingering, set()
-            if time.monotonic() >= sweep_at:
-                self._sweep()
-                sweep_at = time.monotonic() + self._sweep_s
-                paths |= set(self._databases)
-            lingering = {path for path in paths if self._examine(path)}
+            try:
+                if time.monotonic() >= sweep_at:
+                    sweep_at = time.monotonic() + self._sweep_s
+                    paths |= self._sweep()
+                lingering = {path for path in paths if self._examine(path)}
+            except Exception:  # the sweeper's loop: without it, nothing that events miss would ever be found
+                log.exception("a look at the folders failed in a way that nobody foresaw; the next sweep looks again")
             self._stopping.wait(LOOK_PAUSE_S)
 
-    def _sweep(self) -> None:
-        """What events may have missed."""
+    def _sweep(self) -> set[Path]:
+        """Look for what events may have missed. Returns the databases that may be gone."""
         try:
             self._watch.renew()
         except ReplicatorError as error:
             log.warning("%s", error)
         with self._guard:
             folders = list(self._folders.values())
-            workers = [replicated.worker for replicated in self._databases.values()]
+            databases = dict(self._databases)
         for watched in folders:
             self._discover(watched, watched.folder.path)
-        for worker in workers:
-            self._scheduler.wake(worker)
+        for replicated in databases.values():
+            self._scheduler.wake(replicated.worker)
+        return set(databases)
 
     def _examine(self, path: Path) -> bool:
         """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""

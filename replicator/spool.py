@@ -1,7 +1,8 @@
 """What the replicator keeps on the local disk for one database: the state it captured last, and segments that wait for upload.
 
-Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``spool/``, the only upload queue; ``kept/``, segments that
-were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never reads a database.
+Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``spool/``, the only upload queue; ``kept/``,
+segments that were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never
+reads a database.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from minipaas.settings import (
     read_credentials,
     read_settings,
 )
+from replicator import ReplicatorError
 
 data_option = click.option("--data", "data_dir", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA_DIR,
                            envvar="MINIPAAS_DATA", show_default=True, help="Where this node keeps everything.")  # fmt: skip
@@ -147,6 +148,20 @@ def down(data_dir: Path) -> None:
 
     settings = read_settings(data_dir.absolute())
     stop_everything(settings, _wiring(settings), click.echo)
+    _release_bucket(settings)
+
+
+def _release_bucket(settings: Settings) -> None:
+    """So that a recovery elsewhere need not wait to see whether this node is alive."""
+    from minipaas import backups
+    from minipaas.fleet import fleet_lease
+
+    lease = fleet_lease(backups.open_bucket(settings.bucket, _credentials(settings)), settings.node_id, settings.node)
+    try:
+        lease.acquire()
+        lease.release()
+    except ReplicatorError as error:
+        click.echo(f"the bucket could not be released, so a recovery will watch it first: {error}", err=True)
 
 
 def _serve(settings: Settings) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from replicator.capture import CaptureSettings
-from replicator.config import Config, check_distinct, load, parse
+from replicator.config import Config, load, parse
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, TOP_KEYS, Key, reference
-from replicator.errors import ConfigError, UsageError
+from replicator.errors import ConfigError
 
 FILE = Path("/etc/replicator.yml")
 DOCS = Path(__file__).parents[2] / "docs" / "replicator.md"
@@ -266,12 +266,6 @@ def test_one_database_under_two_names_is_refused(tmp_path: Path) -> None:
                 f"dbs:\n- path: {tmp_path}/app.db\n  replica: {{url: file:///x}}\n"
                 f"- path: {tmp_path}/{other}\n  replica: {{url: file:///y}}\n"
             )
-
-
-def test_entries_from_elsewhere_are_compared_too() -> None:
-    entry = read(one("{url: file:///b}")).databases[0]
-    with pytest.raises(UsageError, match="replicated already"):
-        check_distinct([entry, entry])
 
 
 def test_a_wrong_endpoint_is_named_with_its_line_when_the_store_is_opened() -> None:
