@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from replicator import origin
-from replicator.capture import Capture, CaptureSettings, NeedsTimeline
+from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
 from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.pace import Pace
 from replicator.replica import Replica
@@ -320,6 +320,11 @@ class DatabaseWorker:
             checkpoint_blocked=figures.checkpoint_blocked,
             barrier_s=figures.barrier_s,
         )
+
+    @property
+    def figures(self) -> CaptureFigures:
+        """What happened on the live side since the start."""
+        return self._capture.figures
 
     @property
     def is_finished(self) -> bool:

@@ -2,7 +2,7 @@
 
 Owns the interface and the rule for keys. Adapters: ``s3`` (the only importer of boto3), ``file``, ``memory``; wrappers of
 the same protocol: ``retry``, ``measure``. Keys are relative to the store's prefix, use ``/`` and hold only
-``[A-Za-z0-9._/-]``. No key continues another one after a slash ("a" and "a/b"): not every server can hold both.
+``[A-Za-z0-9._=/-]``. No key continues another one after a slash ("a" and "a/b"): not every server can hold both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from replicator.errors import StoreError
 MAX_KEY_LENGTH = 900
 """Characters; S3 allows 1024 bytes, of which the store's own prefix takes some."""
 
-_KEY = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
+_KEY = re.compile(r"[A-Za-z0-9._=-]+(?:/[A-Za-z0-9._=-]+)*")
 
 
 def is_key(text: str) -> bool:
