@@ -42,23 +42,33 @@ IMAGES = "images"
 FLEET = "fleet"
 
 
-def open_bucket(url: str, credentials: Credentials | None) -> ObjectStore:
+PATIENCE_S = 30.0
+SHIPPING_PATIENCE_S = 8.0
+"""How long a request is tried again. Shipping tries for ever, but says soon that it does not get through."""
+
+
+def open_bucket(url: str, credentials: Credentials | None, patience_s: float = PATIENCE_S) -> ObjectStore:
     """The fleet's bucket and prefix. Raises BadRequest for a URL that has no meaning; does not reach out."""
     try:
         return open_store(
             url,
             access_key=credentials.access_key if credentials else None,
             secret_key=credentials.secret_key if credentials else None,
+            retry_budget_s=patience_s,
         )
     except UsageError as error:
         raise BadRequest(str(error)) from error
 
 
 class BucketBackups:
-    """``protection.Backups`` over one bucket. Every method may be called from any thread."""
+    """``protection.Backups`` over one bucket. Every method may be called from any thread.
 
-    def __init__(self, settings: Settings, bucket: ObjectStore) -> None:
+    shipping: the same bucket with less patience, for what is tried again and again anyway.
+    """
+
+    def __init__(self, settings: Settings, bucket: ObjectStore, shipping: ObjectStore) -> None:
         self._bucket = bucket
+        self._shipping = shipping
         self._state_path = settings.state_path
         self._local = local_state(settings)
         self._worker_settings = WorkerSettings(interval_s=settings.sync_interval_s)
@@ -73,7 +83,7 @@ class BucketBackups:
         with _translated():
             self._replicator.start()
             self._replicator.add(
-                self._state_path, self._bucket.sub(STATE), state=self._local / STATE, settings=self._worker_settings
+                self._state_path, self._shipping.sub(STATE), state=self._local / STATE, settings=self._worker_settings
             )
 
     def stop(self, timeout_s: float) -> None:
@@ -86,7 +96,7 @@ class BucketBackups:
             self._volumes[volume_id] = directory
             self._replicator.add_folder(
                 Folder(directory),
-                self._volume(volume_id),
+                self._shipping.sub(f"{VOLUMES}/{volume_id}"),
                 state=self._local / VOLUMES / volume_id,
                 settings=self._worker_settings,
             )
@@ -109,7 +119,7 @@ class BucketBackups:
     def restore_volume(self, volume_id: str, directory: Path, on_progress: Callable[[str], None]) -> None:
         with _translated():
             restore_folder(
-                self._volume(volume_id),
+                self._bucket.sub(f"{VOLUMES}/{volume_id}"),
                 directory,
                 self._local / VOLUMES / volume_id,
                 f"volume {directory.name}",
@@ -118,9 +128,6 @@ class BucketBackups:
 
     def databases(self) -> Sequence[DatabaseState]:
         return [self._describe(status) for status in self._replicator.status()]
-
-    def _volume(self, volume_id: str) -> ObjectStore:
-        return self._bucket.sub(f"{VOLUMES}/{volume_id}")
 
     def _describe(self, status: DatabaseStatus) -> DatabaseState:
         volume_id = next((id for id, path in list(self._volumes.items()) if status.path.is_relative_to(path)), "")

@@ -14,7 +14,6 @@ from replicator import Lease, ObjectMissing, ObjectStore, PreconditionFailed
 
 RECORD = "fleet/fleet.json"
 LEASE = "fleet/lease.json"
-LEASE_TTL_S = 60.0
 
 
 class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,5 +53,7 @@ def write_fleet(bucket: ObjectStore, record: FleetRecord) -> None:
         ) from None
 
 
-def fleet_lease(bucket: ObjectStore, node_id: str, node: str, stop: threading.Event | None = None) -> Lease:
-    return Lease(bucket, LEASE, holder=node_id, label=f"node {node}", ttl_s=LEASE_TTL_S, stop=stop)
+def fleet_lease(
+    bucket: ObjectStore, node_id: str, node: str, ttl_s: float, stop: threading.Event | None = None
+) -> Lease:
+    return Lease(bucket, LEASE, holder=node_id, label=f"node {node}", ttl_s=ttl_s, stop=stop)

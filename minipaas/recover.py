@@ -20,7 +20,7 @@ from minipaas.errors import FleetHeld, NodeNotEmpty, WrongRecoveryKey
 from minipaas.fleet import FleetRecord, fleet_lease, read_fleet
 from minipaas.model import Node, check_name
 from minipaas.sealing import Identity
-from minipaas.settings import Credentials, Settings, write_credentials, write_private, write_settings
+from minipaas.settings import LEASE_TTL_S, Credentials, Settings, write_credentials, write_private, write_settings
 from minipaas.state import State
 from replicator import LeaseHeld, ObjectStore
 
@@ -103,7 +103,7 @@ def _check_directory(data_dir: Path, fleet: FleetRecord) -> Marker:
 
 
 def _take(bucket: ObjectStore, node_id: str, request: Recovery, say: Callable[[str], None]) -> None:
-    lease = fleet_lease(bucket, node_id, request.node)
+    lease = fleet_lease(bucket, node_id, request.node, LEASE_TTL_S)
     try:
         lease.acquire(
             take_over=request.take_over,

@@ -18,6 +18,7 @@ from minipaas.errors import BadRequest, NotFound
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
+LEASE_TTL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What node.toml says. bucket: a store URL without credentials. http_listen, api_listen: HOST:PORT.
 
     engine: URL of a container engine's API, '' to find one. domain: apps answer to <app>.<domain>.
-    sync_interval_s: the least time between two shipments of one busy database.
+    sync_interval_s: the least time between two shipments of one busy database. lease_ttl_s: a node that was silent for so long
+    may be taken over; a third of it is the time between two requests that say that it is alive.
     """
 
     data_dir: Path
@@ -73,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     domain: str = "localhost"
     engine: str = ""
     sync_interval_s: float = 1.0
+    lease_ttl_s: float = LEASE_TTL_S
 
     @property
     def state_path(self) -> Path:

@@ -51,6 +51,10 @@ _PROVIDER_HOST = re.compile(
 )
 """Litestream takes the host of a bucket at these providers as the bucket of a URL."""
 
+PATIENCE_S = 60.0
+SHIPPING_PATIENCE_S = 8.0
+"""How long a request to a store is tried again."""
+
 
 @dataclass(frozen=True)
 class ReplicaConfig:
@@ -62,9 +66,18 @@ class ReplicaConfig:
     origin: str = ""
 
     def open(self, stop: threading.Event | None = None) -> ObjectStore:
-        """Raises ConfigError with the line, or UsageError, for a URL that has no meaning. Sends nothing."""
+        """Raises ConfigError with the line, or UsageError, for a URL that has no meaning. Sends nothing.
+
+        stop: given by a daemon, which ships again and again anyway: a request of its store gives up soon, so that status says why.
+        """
         try:
-            return open_store(self.url, access_key=self.access_key, secret_key=self.secret_key, stop=stop)
+            return open_store(
+                self.url,
+                access_key=self.access_key,
+                secret_key=self.secret_key,
+                retry_budget_s=SHIPPING_PATIENCE_S if stop else PATIENCE_S,
+                stop=stop,
+            )
         except UsageError as error:
             if not self.origin:
                 raise

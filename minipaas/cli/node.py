@@ -156,7 +156,8 @@ def _release_bucket(settings: Settings) -> None:
     from minipaas import backups
     from minipaas.fleet import fleet_lease
 
-    lease = fleet_lease(backups.open_bucket(settings.bucket, _credentials(settings)), settings.node_id, settings.node)
+    bucket = backups.open_bucket(settings.bucket, _credentials(settings), backups.SHIPPING_PATIENCE_S)
+    lease = fleet_lease(bucket, settings.node_id, settings.node, settings.lease_ttl_s)
     try:
         lease.acquire()
         lease.release()
@@ -180,10 +181,12 @@ def _wiring(settings: Settings) -> Any:
     from minipaas.fleet import fleet_lease
     from minipaas.serve import Wiring
 
-    bucket = backups.open_bucket(settings.bucket, _credentials(settings))
+    credentials = _credentials(settings)
+    bucket = backups.open_bucket(settings.bucket, credentials)
+    shipping = backups.open_bucket(settings.bucket, credentials, backups.SHIPPING_PATIENCE_S)
     return Wiring(
-        backups=lambda settings: backups.BucketBackups(settings, bucket),
-        lease=lambda settings, stop: fleet_lease(bucket, settings.node_id, settings.node, stop),
+        backups=lambda settings: backups.BucketBackups(settings, bucket, shipping),
+        lease=lambda settings, stop: fleet_lease(bucket, settings.node_id, settings.node, settings.lease_ttl_s, stop),
     )
 
 
