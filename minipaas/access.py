@@ -77,10 +77,15 @@ def token_path(data_dir: Path) -> Path:
     return data_dir / "token"
 
 
-def issue_local_token(state: State, data_dir: Path, now_ms: int) -> str:
-    """A new token for the owner of the host, in DATA/token; the one before is worth nothing any more."""
+def issue_local_token(state: State, data_dir: Path, now_ms: int, node: str) -> str:
+    """A new token for the owner of the host, in DATA/token; the one before of this node is worth nothing any more.
+
+    Those of other nodes stay good: what people and programs were given before a recovery works after it.
+    """
     token = new_token()
-    state.replace_token(Token(name=LOCAL_TOKEN, sha256=token_hash(token), abilities=(EVERYTHING,), created_ms=now_ms))
+    state.replace_token(
+        Token(name=f"{LOCAL_TOKEN} of {node}", sha256=token_hash(token), abilities=(EVERYTHING,), created_ms=now_ms)
+    )
     write_private(token_path(data_dir), token + "\n")
     return token
 

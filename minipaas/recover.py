@@ -168,7 +168,7 @@ def _adopt(
                 say(f"what node {other.name} ({other.region}) had belongs to {node.name} ({node.region}) now")
             say(f"{count} secrets opened with the recovery key and sealed to this node")
         state.put_node(node)
-        access.issue_local_token(state, settings.data_dir, now_ms())
+        access.issue_local_token(state, settings.data_dir, now_ms(), node.name)
     finally:
         state.close()
     _remove_leftovers(settings.data_dir)

@@ -158,6 +158,6 @@ def _write_state(settings: Settings, fleet: Fleet, node: Identity, now_ms: int) 
                 joined_ms=now_ms,
             )
         )
-        return issue_local_token(state, settings.data_dir, now_ms)
+        return issue_local_token(state, settings.data_dir, now_ms, settings.node)
     finally:
         state.close()

@@ -98,7 +98,9 @@ class Images(Protocol):
         """Build the directory ``context``; the engine's image id. Raises BuildFailed with the last lines."""
         ...
 
-    def pull(self, reference: str, *, tag: str, on_line: Callable[[str], None]) -> str: ...
+    def pull(self, reference: str, *, tag: str, on_line: Callable[[str], None]) -> str:
+        """From its registry; when that cannot be asked, the image of this name that the engine has. Raises ImageMissing."""
+        ...
 
     def load(self, archive: Path, *, tag: str) -> str:
         """Load a tarball: docker-archive or OCI layout, plain, gzip or zstd. Raises ImageRefused with the reason."""

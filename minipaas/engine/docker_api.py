@@ -611,6 +611,19 @@ class DockerImages:
                         yield line.rstrip()
 
     def pull(self, reference: str, *, tag: str, on_line: Callable[[str], None]) -> str:
+        here = self.exists(reference)
+        if not (here and reference.startswith("localhost/")):
+            try:
+                self._pull(reference, on_line)
+            except EngineError as error:
+                if not here:
+                    raise
+                on_line(f"using the {reference} that is here: {error}")
+        with translated(f"pull {reference}"):
+            self._tag(reference, tag)
+            return self._id(tag)
+
+    def _pull(self, reference: str, on_line: Callable[[str], None]) -> None:
         repository, version = docker.utils.parse_repository_tag(reference)
         registry, _ = docker.auth.resolve_repository_name(repository)
         ask = {"fromImage": repository, "tag": version or "latest"}
@@ -624,8 +637,6 @@ class DockerImages:
                     _raise_error(message)
                     if line := _pull_line(message):
                         on_line(line)
-            self._tag(reference, tag)
-            return self._id(tag)
 
     def load(self, archive: Path, *, tag: str) -> str:
         self._scratch.mkdir(parents=True, exist_ok=True)

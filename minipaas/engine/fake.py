@@ -211,10 +211,11 @@ class FakeImages:
 
     def pull(self, reference: str, *, tag: str, on_line: Callable[[str], None]) -> str:
         self._faults.check()
-        if reference not in self.remote:
+        image = self.remote.get(reference) or self._find(reference)
+        if image is None:
             raise ImageMissing(f"cannot pull {reference}: not found")
         on_line(f"pulling {reference}")
-        return self.put(tag, self.remote[reference])
+        return self.put(tag, image)
 
     def load(self, archive: Path, *, tag: str) -> str:
         self._faults.check()

@@ -109,10 +109,10 @@ def test_the_journal_is_bounded(tmp_path: Path) -> None:
     state.close()
 
 
-def test_only_the_newest_local_token_is_known(stage: Stage) -> None:
-    first = issue_local_token(stage.state, stage.directory, 1)
-    second = issue_local_token(stage.state, stage.directory, 2)
-    assert authenticate(stage.state.tokens(), f"Bearer {second}").name == "owner"
+def test_only_the_newest_local_token_of_a_node_is_known(stage: Stage) -> None:
+    first = issue_local_token(stage.state, stage.directory, 1, "a")
+    second = issue_local_token(stage.state, stage.directory, 2, "a")
+    assert authenticate(stage.state.tokens(), f"Bearer {second}").name == "owner of a"
     with pytest.raises(NotAuthorised):
         authenticate(stage.state.tokens(), f"Bearer {first}")
     data = b"".join(path.read_bytes() for path in stage.directory.glob("state.db*"))
