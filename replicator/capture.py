@@ -34,8 +34,11 @@ GROUP_BYTES = 64 * 1024 * 1024
 """A segment ends at the first commit after so many bytes of WAL, so that catching up comes in pieces that can be shipped."""
 
 REBASE_TRIES = 3
-FIRST_CHECKPOINT_RETRY_S = 0.5
+FIRST_CHECKPOINT_RETRY_S = 0.05
 MAX_CHECKPOINT_RETRY_S = 60.0
+MAX_BUSY_RETRY_S = 1.0
+FIRST_LET_BY_S = 0.01
+LAST_LET_BY_S = 0.3
 _NO_FILE = Source(0, 0, 0, 0, 0, 0, 0, False)
 """Of a captured state whose file is gone: no file is inode 0, so what comes later is another one, even if it gets the old number."""
 
@@ -117,6 +120,8 @@ class Capture:
         self._next_checkpoint_at = 0.0
         self._retry_s = FIRST_CHECKPOINT_RETRY_S
         self._backfilled: Cursor | None = None
+        self._progress = (0, 0)
+        self._let_by_s = FIRST_LET_BY_S
 
     @property
     def position(self) -> Position | None:
@@ -166,14 +171,16 @@ class Capture:
         database = self._open()
         if database.journal is Journal.ROLLBACK:
             return self._compare_if_changed(database)
+        before = self._state.txid
         if not self._continuous:
             self._begin(database)
         self._drain()
-        wait_s = self._checkpoint_if_due(database)
+        let_by_s = self._let_by(database)
+        wait_s = self._checkpoint_if_due(database, captured=self._state.txid != before)
         self._note_figures(database)
         if self._spool.base_is_due(self._state):
             self._spool.save_base(self._state)
-        return wait_s
+        return let_by_s if wait_s is None or (let_by_s is not None and let_by_s < wait_s) else wait_s
 
     def wal_outgrows(self) -> bool:
         """Whether the WAL has grown beyond what may wait for a capture that does not come."""
@@ -304,7 +311,8 @@ class Capture:
             raise ContinuityLost("the WAL was written over behind the captured place")
         group: list[Transaction] = []
         group_bytes = 0
-        for transaction in read_transactions(database, scanner):
+        # Up to where it ends now: with an application that never pauses, the end would never be reached.
+        for transaction in read_transactions(database, scanner, database.wal_size()):
             group.append(transaction)
             group_bytes += len(transaction.page_nos) * database.page_size
             if group_bytes >= GROUP_BYTES:
@@ -449,20 +457,45 @@ class Capture:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _checkpoint_if_due(self, database: LiveDatabase) -> float | None:
-        """Seconds until the next look, None when there is nothing in the WAL to wait for."""
+    def _let_by(self, database: LiveDatabase) -> float | None:
+        """Move the read lock to the newest commit, so that no checkpoint of the application waits for one of long ago.
+
+        A checkpoint in mode RESTART or TRUNCATE that runs now waits for readers, and keeps everybody from writing meanwhile. It is past
+        this one when the lock is passed once more after it has moved everything into the file, which no event tells. So for a moment
+        after something happened it is looked at again. Returns seconds until then, None when that is over.
+        """
+        progress = database.wal_progress()
+        database.pass_lock()
+        frames, backfilled = progress
+        if progress != self._progress:
+            self._let_by_s = FIRST_LET_BY_S
+        elif frames == backfilled:
+            return (
+                None  # passed on after the last one was moved, the lock is one that stops nothing but the next backfill
+            )
+        self._progress = progress
+        wait_s = self._let_by_s
+        self._let_by_s *= 2
+        return wait_s if wait_s <= LAST_LET_BY_S else None
+
+    def _checkpoint_if_due(self, database: LiveDatabase, *, captured: bool) -> float | None:
+        """Seconds until the next look, None when there is nothing in the WAL to wait for. captured: whether this step found a commit."""
         cursor = self._scanner.cursor if self._scanner else None
-        if cursor is None or cursor.offset == HEADER_SIZE or cursor == self._backfilled:
+        if cursor is None or cursor.offset == HEADER_SIZE:
             return None
         now = self._monotonic()
         pages = (cursor.offset - _backfilled_offset(self._backfilled, cursor)) // cursor.frame_size
-        due_at = self._changed_at + (
-            0 if pages >= self._settings.checkpoint_pages else self._settings.idle_checkpoint_s
-        )
-        due_at = max(due_at, self._next_checkpoint_at)
+        is_abandoned = now >= self._next_checkpoint_at and not captured and database.is_alone()
+        if pages == 0 and not is_abandoned:
+            return None
+        is_due = pages >= self._settings.checkpoint_pages or is_abandoned
+        due_at = max(self._changed_at + (0 if is_due else self._settings.idle_checkpoint_s), self._next_checkpoint_at)
         if now < due_at:
             return due_at - now
-        return self._checkpoint(database)
+        wait_s = self._checkpoint(database)
+        if is_abandoned and not self.figures.checkpoint_blocked and database.truncate_wal():
+            self._drain()
+        return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
         try:
@@ -477,7 +510,8 @@ class Capture:
             self.figures.barrier_s = result.barrier_s
         self.figures.checkpoint_blocked = result is None or not result.complete
         if self.figures.checkpoint_blocked:
-            self._retry_s = min(self._retry_s * 2, MAX_CHECKPOINT_RETRY_S)
+            longest_s = MAX_CHECKPOINT_RETRY_S if result else MAX_BUSY_RETRY_S
+            self._retry_s = min(self._retry_s * 2, longest_s)
             self._next_checkpoint_at = self._monotonic() + self._retry_s
             return self._retry_s
         self._retry_s = FIRST_CHECKPOINT_RETRY_S

@@ -22,7 +22,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,8 @@ from replicator.errors import (
 SQLITE_MAGIC = b"SQLite format 3\x00"
 BUSY_TIMEOUT_MS = 1000
 BARRIER_TIMEOUT_MS = 250
+DRAINS_BEFORE_BARRIER = 6
+SHORT_DRAIN_S = 0.01
 
 _open_inodes: dict[tuple[int, int], Path] = {}
 _open_inodes_guard = threading.Lock()
@@ -179,8 +181,9 @@ class LiveDatabase:
         """
         drain()
         self.pass_lock()
-        drain()
-        with _translated(self.path):
+        _until_short(drain)
+        # When an application is at it, it does the bulk; in mode FULL it may have waited for the lock that was just passed on.
+        with suppress(DatabaseBusy), _translated(self.path):
             self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         failpoints.reach("before-checkpoint")
         with self._barrier() as since:
@@ -193,6 +196,35 @@ class LiveDatabase:
         held_s = time.monotonic() - since
         failpoints.reach("after-checkpoint")
         return Checkpoint(complete=frames == backfilled, barrier_s=held_s)
+
+    def truncate_wal(self) -> bool:
+        """After a complete checkpoint: cut the WAL to nothing, if no commit has come and nobody reads. True when that was done.
+
+        For a database that no application has open. As long as we hold it, SQLite does not delete its WAL when the application goes;
+        whoever then put another file in its place would have the frames of the old one applied to it.
+        """
+        self._spare.set_busy_timeout(0)  # while it waits for readers, no commit can happen
+        try:
+            with _translated(self.path):
+                self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except DatabaseBusy:
+            return False
+        finally:
+            self._spare.set_busy_timeout(BUSY_TIMEOUT_MS)
+        return True
+
+    def is_alone(self) -> bool:
+        """Whether no other process has it open, as far as the kernel's list of locks tells. For choices of cost, not of safety.
+
+        In WAL mode a connection holds a shared lock on the file as long as it lives.
+        """
+        inode = f":{self.identity.inode}"
+        try:
+            lines = Path("/proc/locks").read_text().splitlines()
+        except OSError:
+            return False
+        holders = (line.split() for line in lines if inode in line)
+        return not any(words[-3].endswith(inode) and words[-4] != str(os.getpid()) for words in holders)
 
     @contextmanager
     def _barrier(self) -> Iterator[float]:
@@ -242,13 +274,17 @@ class LiveDatabase:
         """When the WAL was written last, UTC milliseconds since 1970."""
         return os.fstat(self._wal_file).st_mtime_ns // 1_000_000
 
+    def wal_progress(self) -> tuple[int, int]:
+        """(committed frames, those of them that are in the database file already) of this generation of the WAL."""
+        with _translated(self.path):
+            frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        return max(0, frames), max(0, backfilled)
+
     def committed_frames(self) -> int:
         """Frames of committed transactions in this generation of the WAL, by SQLite's own account; 0 without a WAL."""
         if self.journal is Journal.ROLLBACK:
             return 0
-        with _translated(self.path):
-            frames, _ = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
-        return max(0, frames)
+        return self.wal_progress()[0]
 
     def in_wal_mode(self) -> bool:
         """Asked again, since an application can switch while no read lock is held."""
@@ -328,6 +364,15 @@ def _first_bytes(path: Path) -> bytes:
         return bytes(file.xRead(len(SQLITE_MAGIC), 0))
     finally:
         file.xClose()
+
+
+def _until_short(drain: Callable[[], None]) -> None:
+    """What came during one takes the next, so that little is left for the one under the barrier."""
+    for _ in range(DRAINS_BEFORE_BARRIER):
+        began = time.monotonic()
+        drain()
+        if time.monotonic() - began < SHORT_DRAIN_S:
+            return
 
 
 def _begin_read(connection: apsw.Connection) -> None:

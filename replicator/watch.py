@@ -10,6 +10,8 @@ import fnmatch
 import logging
 import os
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from watchdog.events import (
     DirCreatedEvent,
     DirDeletedEvent,
     DirMovedEvent,
+    FileClosedEvent,
     FileCreatedEvent,
     FileDeletedEvent,
     FileModifiedEvent,
@@ -25,21 +28,33 @@ from watchdog.events import (
     FileSystemEvent,
     FileSystemEventHandler,
 )
-from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
+from watchdog.observers.inotify import InotifyEmitter
+from watchdog.observers.inotify_c import DEFAULT_EVENT_BUFFER_SIZE, InotifyEvent, InotifyFD
 
 from replicator.database import is_database_file
 from replicator.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+# watchdog says this, at length, whenever a folder and one in it are made in quick succession; it means nothing.
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
+# And this, as an error, whenever a watch ends.
+logging.getLogger("watchdog.observers.inotify").addFilter(
+    lambda record: "thread is inactive" not in record.getMessage()
+)
+
 COMPANIONS = ("-wal", "-shm", "-journal")
 STATE_SUFFIX = "-replicator"
 """A database's own state folder is ``.<name>-replicator`` beside it, unless it is told otherwise."""
 
-_FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent]
+_FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
 _TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent, DirDeletedEvent]
 _ENOSPC, _EMFILE = 28, 24
+
+CALM_S = 0.01
+"""Between two reads of the kernel's queue. An application that commits all the time makes an event for every write; those that are
+alike and wait together are one, so that a storm costs what a hundred events a second cost. What comes after a pause is read at once."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,27 @@ class _Scheduled:
 _Key = tuple[Path, Folder | None]
 
 
+class _CalmInotify(InotifyFD):
+    """watchdog's reader of the kernel's queue, at its own pace instead of the writers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read_at = 0.0
+
+    def read_events(self, *, event_buffer_size: int = DEFAULT_EVENT_BUFFER_SIZE) -> list[InotifyEvent]:
+        time.sleep(max(0.0, self._read_at + CALM_S - time.monotonic()))
+        events = super().read_events(event_buffer_size=event_buffer_size)
+        self._read_at = time.monotonic()
+        alike: set[tuple[int, bytes]] = set()
+        kept = []
+        for event in events:
+            if not event.is_modify or (event.wd, event.name) not in alike:
+                kept.append(event)
+            if event.is_modify:
+                alike.add((event.wd, event.name))
+        return kept
+
+
 class Watch:
     """Calls back from the observer's thread; the callbacks must be quick."""
 
@@ -108,17 +144,20 @@ class Watch:
         appeared: a folder below a watched one is new, or is gone."""
         self._touched = touched
         self._appeared = appeared
-        self._observer: BaseObserver = Observer()
+        self._inotify = _CalmInotify()
+        self._observer = BaseObserver(InotifyEmitter, inotify_fd=self._inotify)
         self._guard = threading.Lock()
         self._watches: dict[_Key, _Scheduled] = {}
 
     def start(self) -> None:
+        self._inotify.start()
         self._observer.start()
 
     def stop(self) -> None:
-        self._observer.stop()
-        if self._observer.is_alive():
-            self._observer.join()
+        for thread in (self._observer, self._inotify):
+            thread.stop()
+            if thread.is_alive():
+                thread.join()
 
     def add_file(self, path: Path) -> None:
         """Watch one database. Raises ConfigError when its folder is missing or cannot be watched."""

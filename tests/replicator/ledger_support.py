@@ -1,17 +1,15 @@
 """Applications that write SQLite databases from processes of their own, and what a restore must give afterwards.
 
-Owns no expectations of the replicator. Run as a program it is such an application: JSON lines in, JSON lines out.
+Owns no expectations of the replicator.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,6 @@ from replicator.values import Position
 from replicator.worker import DatabaseWorker, WorkerSettings
 
 LIMIT_S = 20.0
-LEDGER = "CREATE TABLE IF NOT EXISTS ledger (id INTEGER PRIMARY KEY, body BLOB)"
 AT_ONCE = WorkerSettings(interval_s=0.0)
 
 
@@ -47,12 +44,9 @@ class App:
         """The number of each row is in the file ``acknowledged`` before the next one is written."""
         self.path = path
         self.acknowledged = path.parent / f"{path.name}.acknowledged-{next(_numbers)}"
-        command = [sys.executable, __file__, str(path), str(busy_timeout_ms), str(self.acknowledged)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        environment.pop("REPLICATOR_FAILPOINT", None)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        program = Path(__file__).with_name("ledger_program.py")
+        command = [sys.executable, str(program), str(path), str(busy_timeout_ms), str(self.acknowledged)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for pragma in pragmas:
             self.run(f"PRAGMA {pragma}")
 
@@ -67,6 +61,12 @@ class App:
     def insert(self, count: int, size: int = 100) -> None:
         """So many rows, each in a transaction of its own."""
         self._ask(insert=[count, size])
+
+    def empty_wal(self) -> None:
+        """Move all of the WAL into the file. (A connection that has not read yet would stand in its own way.)"""
+        self.run("SELECT count(*) FROM sqlite_schema")
+        ((is_busy, _, _),) = self.run("PRAGMA wal_checkpoint(truncate)")
+        assert not is_busy
 
     def begin_storm(
         self, *, pause_ms: float = 1.0, size: int = 200, pragmas: Sequence[str] = (), every: str = "", every_n: int = 10
@@ -189,10 +189,10 @@ def rig(path: Path, store: ObjectStore, **more: Any) -> Iterator[Rig]:
 _targets = itertools.count()
 
 
-def restored(store: ObjectStore, folder: Path, options: RestoreOptions = RestoreOptions()) -> Path:
+def restored(store: ObjectStore, folder: Path, options: RestoreOptions | None = None) -> Path:
     """The path of a new file with what the store gives; chain, checksums and SQLite's own check have passed."""
     target = folder / f"restored-{next(_targets)}.db"
-    restore(store, target, RestoreOptions(**{**vars(options), "integrity_check": "full"}))
+    restore(store, target, RestoreOptions(**{**vars(options or RestoreOptions()), "integrity_check": "full"}))
     return target
 
 
@@ -206,126 +206,3 @@ def rows(path: Path, sql: str = "SELECT id FROM ledger ORDER BY id") -> list[Any
 
 def restored_rows(store: ObjectStore, folder: Path, sql: str = "SELECT id FROM ledger ORDER BY id") -> list[Any]:
     return rows(restored(store, folder), sql)
-
-
-# -- the program -------------------------------------------------------------------------------------------------------
-
-
-class _FailingSyncs(apsw.VFS):
-    """SQLite's own, but for WALs that fail to become durable when told so."""
-
-    def __init__(self) -> None:
-        self.fail_next = False
-        super().__init__("failing-syncs", "")
-
-    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802  (SQLite's name)
-        return _FailingFile(self, name, flags)
-
-
-class _FailingFile(apsw.VFSFile):
-    def __init__(self, vfs: _FailingSyncs, name: Any, flags: list[int]) -> None:
-        self._vfs = vfs
-        self._is_wal = bool(flags[0] & apsw.SQLITE_OPEN_WAL)
-        super().__init__("", name, flags)
-
-    def xSync(self, flags: int) -> None:  # noqa: N802
-        if self._is_wal and self._vfs.fail_next:
-            self._vfs.fail_next = False
-            raise apsw.IOError("told to fail")
-        super().xSync(flags)
-
-
-class _Program:
-    def __init__(self, path: str, busy_timeout_ms: str, acknowledged: str) -> None:
-        self._path = path
-        self._busy_timeout_ms = int(busy_timeout_ms)
-        self._acknowledged = acknowledged
-        self._syncs = _FailingSyncs()
-        self._connection: apsw.Connection | None = None
-        self._ending = threading.Event()
-        self._storming: threading.Thread | None = None
-        self._report: dict[str, Any] = {}
-
-    def answer(self, question: dict[str, Any]) -> Any:
-        name, value = next(iter(question.items()))
-        return getattr(self, f"_{name}")(value)
-
-    @property
-    def connection(self) -> apsw.Connection:
-        if self._connection is None:
-            self._connection = self._connect()
-        return self._connection
-
-    def _connect(self) -> apsw.Connection:
-        connection = apsw.Connection(self._path, vfs="failing-syncs")
-        connection.set_busy_timeout(self._busy_timeout_ms)
-        return connection
-
-    def _run(self, statements: list[str]) -> list[Any]:
-        found: list[Any] = []
-        for statement in statements:
-            found = self.connection.execute(statement).fetchall()
-        return [row[0] if len(row) == 1 else row for row in found]
-
-    def _insert(self, value: list[int]) -> None:
-        count, size = value
-        self.connection.execute(LEDGER)
-        for _ in range(count):
-            self.connection.execute("INSERT INTO ledger(body) VALUES (randomblob(?))", (size,))
-
-    def _storm(self, value: list[Any]) -> None:
-        self._ending.clear()
-        self._storming = threading.Thread(target=self._write_on, args=value, daemon=True)
-        self._storming.start()
-
-    def _write_on(self, pause_ms: float, size: int, pragmas: list[str], every: str, every_n: int) -> None:
-        report = self._report = {"committed": 0, "errors": [], "worst_ms": 0.0}
-        ledger = os.open(self._acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            connection = self._connect()
-            for pragma in pragmas:
-                connection.execute(f"PRAGMA {pragma}").fetchall()
-            connection.execute(LEDGER)
-            while not self._ending.wait(pause_ms / 1000):
-                began = time.monotonic()
-                connection.execute("INSERT INTO ledger(body) VALUES (randomblob(?))", (size,))
-                os.write(ledger, b".")
-                report["worst_ms"] = max(report["worst_ms"], (time.monotonic() - began) * 1000)
-                report["committed"] += 1
-                if every and report["committed"] % every_n == 0:
-                    connection.execute(every).fetchall()
-            connection.close()
-        except apsw.Error as error:
-            report["errors"].append(repr(error))
-        finally:
-            os.close(ledger)
-
-    def _end(self, _: bool) -> dict[str, Any]:
-        self._ending.set()
-        if self._storming:
-            self._storming.join()
-        return self._report
-
-    def _fail_sync(self, _: bool) -> None:
-        self._syncs.fail_next = True
-
-    def _close(self, _: bool) -> None:
-        if self._connection:
-            self._connection.close()
-
-
-def main() -> None:
-    program = _Program(*sys.argv[1:])
-    for line in sys.stdin:
-        question = json.loads(line)
-        try:
-            answer = {"ok": program.answer(question)}
-        except apsw.Error as error:
-            answer = {"error": repr(error)}
-        print(json.dumps(answer, default=bytes.hex), flush=True)
-        if "close" in question:
-            return
-
-
-if __name__ == "__main__":
-    main()

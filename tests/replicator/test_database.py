@@ -53,7 +53,7 @@ def leave_wal_mode(path: Path) -> str:
 
 def test_closing_drops_no_lock_of_an_application_in_the_same_process(path: Path) -> None:
     application = apsw.Connection(str(path))
-    application.execute("PRAGMA journal_mode=wal; CREATE TABLE t(x)")
+    application.execute("PRAGMA journal_mode=wal; CREATE TABLE t(x)").fetchall()
     held = posix_locks(path)
     assert held
     database = LiveDatabase(path)
@@ -76,11 +76,11 @@ def test_looking_at_a_file_opens_no_pipe_and_no_folder(tmp_path: Path) -> None:
 
 def test_a_failed_opening_leaves_no_descriptor(path: Path) -> None:
     path.write_bytes(b"not a database" * 100)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         with pytest.raises(NotADatabase):
             LiveDatabase(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_while_the_lock_is_held_no_checkpoint_starts_the_wal_anew(writer: App, live: LiveDatabase) -> None:
@@ -184,7 +184,7 @@ def test_opening_reading_and_checkpoints_leave_the_file_as_it_would_be_without_u
     twin.write_bytes(path.read_bytes())
     Path(f"{twin}-wal").write_bytes(Path(f"{path}-wal").read_bytes())
     with app(twin) as unwatched:
-        unwatched.run("PRAGMA wal_checkpoint(truncate)")
+        unwatched.empty_wal()
     database = LiveDatabase(path)
     database.acquire()
     assert database.checkpoint(lambda: None).complete
