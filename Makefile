@@ -6,7 +6,7 @@ STAMP := .venv/installed
 SOURCES := $(wildcard minipaas replicator images demo bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv install demo test check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ venv: $(STAMP) ## make .venv from pyproject.toml, with the tools of development
 $(STAMP): pyproject.toml scripts/python-venv
 	@scripts/python-venv
 	@touch $@
+
+install: ## what a node needs: .venv, and Podman if there is neither Podman nor Docker (root, Debian 12)
+	@scripts/system-packages node
+	@$(MAKE) --no-print-directory $(STAMP)
 
 demo: ## lose a host and get everything back, in front of your eyes (root, Debian 12)
 	@scripts/system-packages demo

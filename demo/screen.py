@@ -34,9 +34,13 @@ class Step:
     def detail(self, text: str) -> None:
         self._detail = text
         now_s = time.monotonic()
-        if not self._console.is_terminal and now_s - self._printed_s >= PLAIN_EVERY_S:
+        if text and not self._console.is_terminal and now_s - self._printed_s >= PLAIN_EVERY_S:
             self._printed_s = now_s
             self._console.print(f"    {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def result(self, text: str) -> None:
+        """What stands behind the title in the end."""
+        self._detail = text
 
     @property
     def seconds(self) -> float:
@@ -45,12 +49,12 @@ class Step:
     def __rich__(self) -> Table:
         """Drawn anew many times a second by Live, so that the clock runs."""
         line = Table.grid(padding=(0, 1))
-        line.add_row(
-            self._spinner,
-            Text(self._title),
-            Text(self._detail, style="cyan"),
-            Text(f"{self.seconds:.1f} s", style="dim"),
-        )
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        line.add_column(no_wrap=True)
+        clock = Text(f"{self.seconds:.1f} s", style="dim")
+        line.add_row(self._spinner, Text(self._title), Text(self._detail, style="cyan"), clock)
         return line
 
     def done_line(self, mark: str, style: str) -> Text:

@@ -10,6 +10,7 @@ import fcntl
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -40,6 +41,8 @@ READY_WITHIN_S = 60.0
 DEPLOY_WITHIN_S = 300.0
 ANSWER_WITHIN_S = 120.0
 QUESTION_S = 30.0
+DETAIL_WIDTH = 60
+LOGGED = re.compile(r"\d{4}-\d\d-\d\d ")
 AFTER_POWER_OFF_S = 0.5
 """How long the writer goes on after the power went."""
 
@@ -59,9 +62,21 @@ class Loss:
 # -- small steps -------------------------------------------------------------------------------------------------------
 
 
-def last_line(log: Path, otherwise: str = "it said nothing") -> str:
+def last_line(log: Path) -> str:
+    """Why a command ended, as it said itself."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].lstrip("-> ") if lines else otherwise
+    return lines[-1].lstrip("-> ") if lines else "it said nothing"
+
+
+def news(log: Path) -> str:
+    """What a command is doing: the last of its lines that is meant for people, or the last operation in its log."""
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        before, operation, what = line.partition(" operation=")
+        if operation:
+            return what[:DETAIL_WIDTH]
+        if before.strip() and not LOGGED.match(before):
+            return before.lstrip("-> ")[:DETAIL_WIDTH]
+    return ""
 
 
 def answers(host: Host) -> bool:
@@ -96,7 +111,7 @@ def protection(host: Host) -> str:
     """How safe guestbook's database is, in the platform's words; '' when it cannot be asked now."""
     try:
         status, body = ask_api(host, "/v1/status", token_path(host.disk / "data").read_text().strip())
-        databases = json.loads(body)["node"]["databases"] if status == 200 else []
+        databases = json.loads(body)["databases"] if status == 200 else []
         return next((str(entry["words"]) for entry in databases if entry["app"] == commands.APP), "")
     except (OSError, http.client.HTTPException, ValueError, KeyError):
         return ""
@@ -138,11 +153,11 @@ def base_archive(step: Step) -> Path:
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if archive.exists():
-            step.detail("from .cache")
+            step.result("from .cache")
             return archive
         for unfinished in CACHE.glob(".base-*"):
             shutil.rmtree(unfinished)
-        return make_base(archive, on_line=lambda line: step.detail(line[:60]))
+        return make_base(archive, on_line=lambda line: step.detail(line[:DETAIL_WIDTH]))
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ def bucket_on(lab: Lab, screen: Screen) -> Iterator[Bucket]:
     )
     with screen.step("S3 server, as your bucket") as step:
         server.start()
-        step.detail(server.endpoint)
+        step.result(server.endpoint)
     try:
         yield Bucket(
             server.url("minipaas"), server.endpoint.removeprefix("http://"), server.access_key, server.secret_key
@@ -213,13 +228,13 @@ def deploy_guestbook(host: Host, base: Path, step: Step, logs: Path) -> None:
         process = host.popen(command, env=commands.environment(), log=log)
         deadline = time.monotonic() + DEPLOY_WITHIN_S
         while process.poll() is None:
-            step.detail(last_line(log, "")[:60])
+            step.detail(news(log))
             if time.monotonic() > deadline:
                 raise StoryError(f"the deploy on {host.name} took more than {DEPLOY_WITHIN_S:.0f} s (log: {log})")
             time.sleep(POLL_S)
         if process.wait(1.0) != 0:
             raise StoryError(f"the deploy on {host.name} failed: {last_line(log)} (log: {log})")
-    step.detail(f"http://{HOSTNAME}")
+    step.result(f"http://{HOSTNAME}")
 
 
 def write_for(writer: Writer, host: Host, seconds: float, step: Step) -> None:
@@ -227,7 +242,7 @@ def write_for(writer: Writer, host: Host, seconds: float, step: Step) -> None:
     end_s = time.monotonic() + seconds
     while (now_s := time.monotonic()) < end_s:
         words = protection(host) if now_s > end_s - seconds + 1 else ""
-        step.detail(f"{writer.count} rows acknowledged" + (f" · {words}" if words else ""))
+        step.detail(f"{writer.count} acknowledged" + (f" · {words}" if words else ""))
         time.sleep(min(0.25, max(0.0, end_s - time.monotonic())))
 
 
@@ -236,7 +251,7 @@ def pull_the_plug(host: Host, writer: Writer, step: Step) -> Loss:
     power_off_s = host.power_off()
     time.sleep(AFTER_POWER_OFF_S)
     ledger = writer.stop()
-    step.detail(f"{len(ledger.acknowledged)} rows had been acknowledged; its disk is gone")
+    step.result(f"after {len(ledger.acknowledged)} acknowledged rows")
     return Loss(ledger, power_off_s)
 
 
@@ -253,14 +268,14 @@ def recover_on(host: Host, bucket: Bucket, recovery_key: str, step: Step, logs: 
     )
     deadline = command_s + ANSWER_WITHIN_S
     while not answers(host):
-        step.detail(last_line(log, "")[:60])
+        step.detail(news(log))
         if process.poll() is not None:
             raise StoryError(f"minipaas recover on host {host.name} ended: {last_line(log)} (log: {log})")
         if time.monotonic() > deadline:
             raise StoryError(f"guestbook gave no answer on {host.name} in {ANSWER_WITHIN_S:.0f} s (log: {log})")
         time.sleep(POLL_S)
     first_answer_s = time.monotonic()
-    step.detail("guestbook answers")
+    step.result("guestbook answers")
     return command_s, first_answer_s
 
 
@@ -289,14 +304,14 @@ def tell(screen: Screen, *, writing_s: float = 20.0, rate: float = 50.0, logs: P
                 command_s, first_answer_s = recover_on(b, bucket, recovery_key, step, logs)
             with screen.step("guestbook on b is asked for all its rows") as step:
                 rows, integrity = read_rows(b), read_integrity(b)
-                step.detail(f"{len(rows)} rows")
+                step.result(f"{len(rows)} rows")
     return judge(loss.ledger, Recovery(loss.power_off_s, command_s, first_answer_s, integrity, rows))
 
 
 def write_and_lose(host: Host, screen: Screen, writing_s: float, rate: float) -> Loss:
     writer = Writer(host.address, HTTP_PORT, HOSTNAME, rate=rate)
     try:
-        with screen.step(f"People write to it, {rate:.0f} rows a second") as step:
+        with screen.step(f"{rate:.0f} rows a second are written") as step:
             if not wait_until(lambda: answers(host), ANSWER_WITHIN_S, POLL_S):
                 raise StoryError(f"guestbook does not answer on {host.address}:{HTTP_PORT} though its deploy succeeded")
             writer.start()

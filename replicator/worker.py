@@ -77,7 +77,7 @@ class WorkerSettings:
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
-    burst: int = 10
+    burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
 
 

@@ -102,4 +102,5 @@ def test_a_failure_that_passes_is_no_failure(machine: Machine, tmp_path: Path) -
 
 def test_another_word_than_demo_or_test_is_refused(machine: Machine) -> None:
     done = machine.run("all")
-    assert (done.returncode, done.stderr) == (2, "usage: scripts/system-packages demo|test\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: scripts/system-packages ")
