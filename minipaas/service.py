@@ -9,10 +9,12 @@ from __future__ import annotations
 import hmac
 import logging
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from minipaas import manifest as manifests
@@ -457,6 +459,7 @@ class Platform:
         settings, facts = self._world.settings, self._world.facts
         databases = self._database_views({volume.id: volume for volume in self._state.volumes()})
         troubles = [f"{app}: {each.words}" if app else each.words for app, each in sorted(facts.troubles().items())]
+        troubles += _disk_troubles((settings.data_dir, settings.volumes_dir), self._world.limits.low_disk_bytes)
         return views.NodeView(
             id=settings.node_id,
             name=settings.node,
@@ -499,3 +502,13 @@ class Platform:
         own = [each for each in self._world.facts.containers() if each.labels.get(LABEL_APP) == name]
         newest = max(own, key=lambda each: (each.started_ms or 0, each.id), default=None)
         return None if newest is None or newest.id == unlike else newest
+
+
+def _disk_troubles(directories: Sequence[Path], low_bytes: int) -> list[str]:
+    """One sentence for each disk that is full, or nearly so. It holds no number that changes, as pages are sent what changed."""
+    by_disk = {each.stat().st_dev: each for each in reversed(directories) if each.exists()}
+    return [
+        f"the disk of {each} has less than {low_bytes >> 20} MiB free: apps can soon write nothing, or not be protected; make room"
+        for each in by_disk.values()
+        if shutil.disk_usage(each).free < low_bytes
+    ]

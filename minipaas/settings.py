@@ -46,6 +46,7 @@ class Limits:
     api_threads: int = 24
     log_tail: int = 10
     engine_images: int = 3
+    low_disk_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)

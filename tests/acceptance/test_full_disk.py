@@ -30,28 +30,25 @@ def small_disk(folder: Path, size_mb: int) -> Iterator[None]:
 
 
 def fill(filler: Path) -> None:
-    """Not a byte is left."""
+    """Until there is no room for another page."""
     with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-        chunk = bytes(1 << 20)
         while True:
-            chunk = chunk[: file.write(chunk)] if len(chunk) == 1 << 20 else chunk
-            if not chunk:
-                break
-    with pytest.raises(OSError), filler.open("ab", buffering=0) as file:
-        while file.write(bytes(512)) == 512:
-            pass
-        raise OSError
+            file.write(bytes(4096))
 
 
-def unprotected(node: Node) -> tuple[str, str]:
-    return wait_for(
-        lambda: next((p for p in [node.protection()["guestbook.db"]] if p[0].startswith("NOT PROTECTED")), None),
-        40, f"status says so: {node.protection()}",
-    )  # fmt: skip
+def unprotected(node: Node) -> str:
+    """The reason that status gives."""
+    return str(
+        wait_for(
+            lambda: next((p[1] for p in [node.protection()["guestbook.db"]] if p[0].startswith("NOT PROTECTED")), ""),
+            40,
+            f"status says so: {node.protection()}",
+        )
+    )
 
 
 def test_a_full_disk_is_a_clear_state_and_everything_goes_on_when_there_is_room(
-    make_node: MakeNode, base_archive: Path, root: Path, seaweed: SeaweedServer, prefix: str, tmp_path: Path
+    make_node: MakeNode, base_archive: Path, seaweed: SeaweedServer, prefix: str, tmp_path: Path
 ) -> None:
     node = make_node()
     with small_disk(node.data, DISK_MB):
@@ -61,25 +58,60 @@ def test_a_full_disk_is_a_clear_state_and_everything_goes_on_when_there_is_room(
             with Load(node) as load:
                 wait_for(lambda: len(load.ok) > 50, 20, "rows")
                 fill(node.data / "filler")
-                wait_for(lambda: load.bad, 20, "the app meets the end of the disk")
-                words, reason = unprotected(node)
-                print(words, reason)
-                print(node.done("status"))
-                print(node.done("status", "guestbook"))
-                assert node.request("GET", "/health")[0] == 200
+                assert "No space left" in unprotected(node)
+                assert f"the disk of {node.data} has less than" in node.done("status")
                 refused = node.deploy()
-                print(refused)
+                assert refused.returncode == 1
+                assert "make room" in refused.stderr
+                wait_for(lambda: load.bad, 20, "the app meets the end of the disk")
+                assert node.request("GET", "/health")[0] == 200
                 assert node.process is not None
                 assert node.process.poll() is None
-                print(restored_rows(seaweed.url(prefix), seaweed, tmp_path / "meanwhile.db"))
+                restored_rows(seaweed.url(prefix), seaweed, tmp_path / "meanwhile.db")
                 (node.data / "filler").unlink()
                 acknowledged = len(load.ok)
                 wait_for(lambda: len(load.ok) > acknowledged + 50, 30, "the app writes again")
                 wait_for(lambda: node.protection()["guestbook.db"][0].startswith("protected"), 90, "protected again")
-            print(set(load.bad))
+            assert {each for each in load.bad if "database or disk is full" not in each} == set()
+            load.assert_nothing_lost()
+            assert node.json("status")["troubles"] == []
+            assert node.deploy().returncode == 0
+            written = node.check()["rows"]
+            assert node.stop() == 0, node.tail()
+            assert restored_rows(seaweed.url(prefix), seaweed, tmp_path / "back.db") == written
+        finally:
+            node.end()
+
+
+def test_serve_that_crashes_on_a_full_disk_goes_on_when_there_is_room(
+    make_node: MakeNode, base_archive: Path, seaweed: SeaweedServer, prefix: str, tmp_path: Path
+) -> None:
+    node = make_node()
+    with small_disk(node.data, DISK_MB):
+        try:
+            serving(node, base_archive)
+            assert node.deploy().returncode == 0
+            with Load(node) as load:
+                wait_for(lambda: len(load.ok) > 50, 20, "rows")
+                fill(node.data / "filler")
+                unprotected(node)
+                node.kill()
+                told = node.log.stat().st_size
+                process = node.launch("serve")
+                wait_for(lambda: process.poll() is not None or "ready:" in node.log.read_text()[told:], 60, node.tail())
+                print(process.poll(), node.log.read_text()[told:])
+                assert "Traceback" not in node.log.read_text()[told:]
+                assert node.request("GET", "/health")[0] == 200
+                if process.poll() is None:
+                    print(node.done("status"))
+                (node.data / "filler").unlink()
+                if process.poll() is not None:
+                    node.start()
+                acknowledged = len(load.ok)
+                wait_for(lambda: len(load.ok) > acknowledged + 50, 30, "the app writes again")
+                wait_for(lambda: node.protection()["guestbook.db"][0].startswith("protected"), 90, "protected again")
             load.assert_nothing_lost()
             written = node.check()["rows"]
-            assert node.deploy().returncode == 0
             assert node.stop() == 0, node.tail()
             assert restored_rows(seaweed.url(prefix), seaweed, tmp_path / "back.db") == written
         finally:
