@@ -24,6 +24,7 @@ from typing import Any
 
 from images.make_base import TAG as BASE_TAG
 from minipaas.engine.podman_service import PodmanService
+from minipaas.workload import LABEL_APP
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUESTBOOK = REPOSITORY / "images" / "guestbook"
@@ -177,15 +178,26 @@ class Node:
             capture_output=True, text=True, timeout=120, check=True,
         ).stdout  # fmt: skip
 
-    def containers(self) -> list[str]:
-        """Names of those that run."""
-        return self.podman("ps", "--format", "{{.Names}}").split()
+    def containers(self, app: str = "", *, every: bool = False) -> list[str]:
+        """Names of those that run; of one app only, and also those that do not run, when asked."""
+        filters = ["--filter", f"label={LABEL_APP}={app}"] if app else []
+        return self.podman("ps", "--format", "{{.Names}}", *filters, *(["--all"] if every else [])).split()
 
     def deploy(self, directory: Path = GUESTBOOK) -> subprocess.CompletedProcess[str]:
         return self.command("deploy", str(directory), "--build-arg", f"BASE={BASE_TAG}")
 
+    def deploying(self, directory: Path = GUESTBOOK) -> subprocess.Popen[str]:
+        """A deploy in the background; its standard output has a line for each step."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "minipaas", "deploy", str(directory), "--build-arg", f"BASE={BASE_TAG}"],
+            env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
     def app(self, name: str = "guestbook") -> Any:
         return self.json("status", name)
+
+    def app_or_none(self, name: str) -> Any:
+        return next((app for app in self.json("apps") if app["name"] == name), None)
 
     def settled(self, name: str = "guestbook") -> Any:
         """The app, once it runs as it should."""
@@ -213,9 +225,9 @@ class Node:
         finally:
             connection.close()
 
-    def check(self) -> dict[str, Any]:
+    def check(self, app: str = "guestbook") -> dict[str, Any]:
         """What guestbook says of its database."""
-        status, body = self.request("GET", "/check")
+        status, body = self.request("GET", "/check", app=app)
         assert status == 200, body
         return dict(json.loads(body))
 
@@ -282,6 +294,17 @@ class Load:
         assert found["integrity"] == "ok"
         assert set(self.ok) <= set(range(1, found["max_id"] + 1))
         assert found["rows"] == found["max_id"]
+
+
+def unprotected(node: Node) -> str:
+    """The reason that status gives."""
+    return str(
+        wait_for(
+            lambda: next((p[1] for p in [node.protection()["guestbook.db"]] if p[0].startswith("NOT PROTECTED")), ""),
+            40,
+            f"status says so: {node.protection()}",
+        )
+    )
 
 
 def processes_of(root: Path) -> Iterator[tuple[int, str]]:
