@@ -1,7 +1,8 @@
 """The right to write, as one object in the store: who has it, and an epoch that only grows.
 
-Owns the lease's JSON form and the rule for taking over. Clocks of different hosts are never compared: a lease is silent when the object has not
-changed for its time to live, as the one who watches it measures. Every change is conditional on what was read before.
+Owns the lease's JSON form and the rule for taking over. Clocks of different hosts are never compared: a lease is silent
+when the object has not changed for its time to live, as the one who watches it measures. Every change is conditional
+on what was read before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ WATCH_EVERY_S = 1.0
 
 
 class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """holder: an id that survives a restart. label: the holder for people. epoch: fencing token, grows with every holder. beat: grows with every renewal."""
+    """holder: an id that survives a restart. label: the holder for people.
+
+    epoch: fencing token, grows with every holder. beat: grows with every renewal.
+    """
 
     holder: str
     label: str

@@ -25,7 +25,11 @@ import hashlib, http.server, json, os, sqlite3
 os.makedirs("/data/deep/er", exist_ok=True)
 PATHS = {"one": "/data/one.db", "two": "/data/deep/er/two words.db"}
 for path in PATHS.values():
-    db = sqlite3.connect(path); db.execute("PRAGMA journal_mode=wal"); db.execute("CREATE TABLE IF NOT EXISTS t (n)"); db.commit(); db.close()
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA journal_mode=wal")
+    db.execute("CREATE TABLE IF NOT EXISTS t (n)")
+    db.commit()
+    db.close()
 os.chmod(PATHS["one"], 0o640)
 
 class Handler(http.server.BaseHTTPRequestHandler):
