@@ -20,7 +20,15 @@ from minipaas.errors import FleetHeld, NodeNotEmpty, WrongRecoveryKey
 from minipaas.fleet import FleetRecord, fleet_lease, read_fleet
 from minipaas.model import Node, check_name
 from minipaas.sealing import Identity
-from minipaas.settings import LEASE_TTL_S, Credentials, Settings, write_credentials, write_private, write_settings
+from minipaas.settings import (
+    LEASE_TTL_S,
+    Credentials,
+    Settings,
+    settings_path,
+    write_credentials,
+    write_private,
+    write_settings,
+)
 from minipaas.state import State
 from replicator import LeaseHeld, ObjectStore
 
@@ -97,6 +105,10 @@ def _check_directory(data_dir: Path, fleet: FleetRecord) -> Marker:
                 f"{data_dir} holds a half-done recovery of another fleet; empty it, or name another --data"
             )
         return marker
+    if settings_path(data_dir).exists():
+        raise NodeNotEmpty(
+            f"{data_dir} is the directory of a node already; go on with: minipaas serve --data {data_dir}"
+        )
     if data_dir.exists() and any(data_dir.iterdir()):
         raise NodeNotEmpty(f"{data_dir} is not empty; recovery never overwrites: empty it, or name another --data")
     return Marker(fleet.id, secrets.token_hex(8))

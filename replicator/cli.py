@@ -43,6 +43,9 @@ def run(arguments: Sequence[str]) -> int:
         result = replicator.main(list(arguments), prog_name="replicator", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -186,7 +186,7 @@ def _wiring(settings: Settings) -> Any:
     shipping = backups.open_bucket(settings.bucket, credentials, backups.SHIPPING_PATIENCE_S)
     return Wiring(
         backups=lambda settings: backups.BucketBackups(settings, bucket, shipping),
-        lease=lambda settings, stop: fleet_lease(bucket, settings.node_id, settings.node, settings.lease_ttl_s, stop),
+        lease=lambda settings, stop: fleet_lease(shipping, settings.node_id, settings.node, settings.lease_ttl_s, stop),
     )
 
 

@@ -114,7 +114,7 @@ def test_a_bucket_that_is_away_is_not_noticed_by_the_app_and_everything_arrives_
         assert load.worst_s < 2
         load.assert_nothing_lost()
         written = node.check()["rows"]
-        assert node.stop() == 0, node.tail()
+        node.end()
     assert restored_rows(seaweed.url(prefix), seaweed, tmp_path / "back.db") == written
 
 
@@ -136,7 +136,7 @@ def test_a_bucket_that_crashes_and_comes_back_has_everything(
         assert load.bad == []
         load.assert_nothing_lost()
         written = node.check()["rows"]
-        assert node.stop() == 0, node.tail()
+        node.end()
         assert restored_rows(server.url("fleet"), server, tmp_path / "back.db") == written
 
 

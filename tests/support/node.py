@@ -149,13 +149,14 @@ class Node:
         return self.process.wait(60)
 
     def end(self) -> None:
-        """Everything of this node, whatever state it is in."""
+        """Everything of this node, whatever state it is in; nothing to do the second time."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
         if (self.data / "node.toml").exists():
             with suppress(subprocess.TimeoutExpired):
                 self.command("down", timeout_s=60)
         PodmanService(self.data, self.run).wipe()
+        (self.data / "node.toml").unlink(missing_ok=True)
 
     def end_at_once(self) -> None:
         """The host is lost: containers, edge and engine end without warning, and the disk is gone."""
