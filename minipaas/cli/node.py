@@ -159,8 +159,10 @@ def _release_bucket(settings: Settings) -> None:
     bucket = backups.open_bucket(settings.bucket, _credentials(settings), backups.SHIPPING_PATIENCE_S)
     lease = fleet_lease(bucket, settings.node_id, settings.node, settings.lease_ttl_s)
     try:
-        lease.acquire()
-        lease.release()
+        found = lease.look()
+        if found is not None and found[0].holder == settings.node_id:
+            lease.acquire()
+            lease.release()
     except ReplicatorError as error:
         click.echo(f"the bucket could not be released, so a recovery will watch it first: {error}", err=True)
 

@@ -63,6 +63,19 @@ def node(make_node: MakeNode, base_archive: Path) -> Node:
     return serving(make_node(), base_archive)
 
 
+@pytest.fixture(scope="module")
+def shared_node(seaweed: SeaweedServer, base_archive: Path) -> Iterator[Node]:
+    """A node that serves, for tests that leave it as they found it but for apps of their own names."""
+    root = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
+    url = seaweed.url(f"fleet-{secrets.token_hex(4)}")
+    node = Node(root, "a", "ams", url, (seaweed.access_key, seaweed.secret_key))
+    try:
+        yield serving(node, base_archive)
+    finally:
+        node.end()
+        shutil.rmtree(root, ignore_errors=True)
+
+
 def serving(node: Node, base_archive: Path) -> Node:
     node.setup()
     node.start()

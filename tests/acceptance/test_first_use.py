@@ -116,8 +116,9 @@ def test_an_app_lives_as_its_owner_types(node: Node) -> None:
 
 
 def test_an_image_by_reference_and_images_in_tarballs_are_deployed(
-    node: Node, base_archive: Path, tmp_path: Path
+    shared_node: Node, base_archive: Path, tmp_path: Path
 ) -> None:
+    node = shared_node
     build = tmp_path / "build"
     build.mkdir()
     (build / "Containerfile").write_text(f'FROM {BASE_TAG}\nCMD ["python3", "-m", "http.server", "8080"]\n')
@@ -155,7 +156,8 @@ def test_an_image_by_reference_and_images_in_tarballs_are_deployed(
     assert node.request("GET", "/", app="saved")[0] == 200
 
 
-def test_what_is_wrong_with_a_deploy_is_said_in_one_line(node: Node, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_deploy_is_said_in_one_line(shared_node: Node, tmp_path: Path) -> None:
+    node = shared_node
     folder = tmp_path / "app"
     folder.mkdir()
     assert "minipaas.toml" in error_of(node.command("deploy", str(folder)), 2)
@@ -225,14 +227,15 @@ def test_a_port_that_is_taken_is_said_in_one_line(make_node: MakeNode) -> None:
     a.start()
 
 
-def test_every_listing_is_json_for_programs(node: Node) -> None:
+def test_every_listing_is_json_for_programs(shared_node: Node) -> None:
+    node = shared_node
     assert node.deploy().returncode == 0
     node.done("secrets", "set", "-a", "guestbook", "COLOUR=green", "SIZE=3")
     node.done("secrets", "unset", "-a", "guestbook", "SIZE")
     assert [each["name"] for each in node.json("secrets", "list", "-a", "guestbook")] == ["COLOUR"]
-    assert [each["name"] for each in node.json("apps")] == ["guestbook"]
+    assert "guestbook" in [each["name"] for each in node.json("apps")]
     assert [each["number"] for each in node.json("releases", "guestbook")]
     assert node.json("status")["name"] == "a"
-    assert node.json("volumes")[0]["app"] == "guestbook"
+    assert "guestbook" in [each["app"] for each in node.json("volumes")]
     lines = node.done("logs", "guestbook", "-n", "1", "--json").splitlines()
     assert "guestbook" in json.loads(lines[0])["text"]
