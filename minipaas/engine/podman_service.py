@@ -97,6 +97,9 @@ def _program(name: str) -> str:
 
 # -- the service -------------------------------------------------------------------------------------------------------
 
+# Settings of another Podman, and what only this process needs to know: the keys of the bucket, the recovery key, tokens.
+_NOT_FOR_PODMAN = ("CONTAINER", "DOCKER_", "MINIPAAS_", "AWS_")
+
 
 class PodmanService:
     """One node's Podman. data_dir, run_dir: the node's; run_dir should be on a tmpfs, such as /run/minipaas."""
@@ -177,7 +180,7 @@ class PodmanService:
         return "overlay" if overlay_works(self._home) else "vfs"
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONTAINER", "DOCKER_"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_PODMAN)}
         path = os.pathsep.join((kept.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
         return {**kept, "PATH": path, "CONTAINERS_CONF": str(self._conf), "TMPDIR": str(self._home / "tmp")}
 
