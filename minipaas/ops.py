@@ -20,7 +20,6 @@ from minipaas.errors import (
     EngineUnavailable,
     PlatformError,
     StateUnavailable,
-    TimedOut,
     Unavailable,
     VolumeGone,
 )
@@ -170,7 +169,10 @@ class SyncVolume:
     def apply(self, world: World) -> None:
         try:
             world.backups.sync_volume(self.volume.id, world.limits.swap_sync_s)
-        except (TimedOut, Unavailable, StoreError) as error:
+        except (
+            PlatformError,
+            StoreError,
+        ) as error:  # one file that cannot be replicated must not keep the app from running
             words = f"volume {self.volume.name} is not shipped yet, it follows from this disk: {error}"
             _journal(world, self.app, words)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from replicator import catalogue
 from replicator.database import is_database_file
-from replicator.errors import DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
@@ -212,14 +212,15 @@ class Replicator:
         with self._guard:
             refused = [why for known, (_, why) in self._refused.items() if known.is_relative_to(path)]
             inside = [known for known in self._databases if known.is_relative_to(path)]
-        if refused:
-            raise SyncTimeout(refused[0])
-        for database in inside:
+        problems: list[ReplicatorError] = [SyncTimeout(why) for why in refused]
+        for database in inside:  # one that cannot be shipped keeps no other from it
             try:
                 self.sync(database, max(0.0, deadline - time.monotonic()))
-            except (DatabaseMissing, NotADatabase):
+            except (DatabaseError, SyncTimeout) as error:
                 if database.exists():
-                    raise
+                    problems.append(error)
+        if problems:
+            raise problems[0]
 
     def _found_in(self, folder: Path) -> list[Path]:
         with self._guard:

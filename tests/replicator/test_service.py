@@ -18,7 +18,7 @@ from ledger_support import app, restored, restored_rows, rows, wait_for
 
 from replicator import catalogue
 from replicator.capture import CaptureSettings
-from replicator.errors import DatabaseMissing, DatabaseNotReplicable, StoreUnavailable, SyncTimeout
+from replicator.errors import DatabaseMissing, DatabaseNotReplicable, ReplicatorError, StoreUnavailable, SyncTimeout
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions
 from replicator.scheduler import Crew, Scheduler
@@ -603,3 +603,25 @@ def test_a_crew_runs_all_work_and_stops_in_time_though_one_piece_hangs() -> None
     assert time.monotonic() - began < 2
     hang.set()
     assert crew.stop(5)
+
+
+def test_a_file_that_is_no_database_keeps_no_other_of_its_folder_from_being_shipped(tmp_path: Path) -> None:
+    data, store = tmp_path / "data", MemoryStore()
+    data.mkdir()
+    (data / "aaa-junk.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 16)
+    connection = apsw.Connection(str(data / "good.db"))
+    connection.set_busy_timeout(5000)
+    connection.execute("PRAGMA journal_mode=wal").fetchall()
+    connection.execute("CREATE TABLE t (n)")
+    replicator = Replicator()
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), store, state=tmp_path / "state")
+        connection.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(ReplicatorError, match="aaa-junk"):
+            replicator.sync_folder(data, 10)
+        good = next(status for status in replicator.status() if status.path.name == "good.db")
+        assert good.words.startswith("protected")
+    finally:
+        replicator.stop()
+        connection.close()
