@@ -147,7 +147,10 @@ class Capture:
         self._continuous = False
         if self._database is not None and self._database.holds_lock:
             self._database.release()
+        self._stamp = None
         if not keep_waiting:
+            # Nothing is captured from here on: what is thrown away must not count as durable, whatever fails below.
+            self._captured, self._loaded = None, True
             self._spool.discard()
         captured = Captured(
             timeline=timeline,
@@ -216,10 +219,14 @@ class Capture:
             self._spool.discard()
             return None
 
-    def _open(self) -> LiveDatabase:
+    def load(self) -> None:
+        """Read the local state, once; ``step`` does it too."""
         if not self._loaded:
             self._captured = self._load()
             self._loaded = True
+
+    def _open(self) -> LiveDatabase:
+        self.load()
         database = self._database
         if database is not None and not (database.still_at_path() and database.wal_is_ours()):
             self._leave_behind(database)
@@ -381,6 +388,8 @@ class Capture:
         if has_wal:  # switched to it just now; opened again, it is another kind of database
             self.let_go()
             return self.step()
+        if self._spool.base_is_due(self._state):
+            self._spool.save_base(self._state)
         self._note_figures(database)
         return None
 

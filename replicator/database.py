@@ -121,7 +121,13 @@ class LiveDatabase:
             raise
 
     def close(self) -> None:
-        """Ends everything. SQLite itself checkpoints, as the last connection of a database does."""
+        """Ends everything. SQLite itself checkpoints, as the last connection of a database does, and deletes the WAL by its name.
+
+        So not when somebody has put another WAL there, which is an application's.
+        """
+        if not self.wal_is_ours() and Path(f"{self.path}-wal").exists():
+            for connection in self._connections:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         for connection in self._connections:
             try:
                 connection.close(True)

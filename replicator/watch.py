@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,8 +180,14 @@ class Watch:
             for key, known in self._watches.items():
                 inode = _inode(key[0])
                 if inode not in (0, known.inode):
-                    self._observer.unschedule(known.watch)
-                    renewed = self._schedule(key)
+                    known.inode = 0  # until it is watched again; one that cannot be must not keep the others from it
+                    with suppress(KeyError):
+                        self._observer.unschedule(known.watch)
+                    try:
+                        renewed = self._schedule(key)
+                    except ConfigError as error:
+                        log.warning("%s", error)
+                        continue
                     known.watch, known.handler, known.inode = renewed.watch, renewed.handler, inode
 
     def _add(self, key: _Key) -> None:

@@ -155,7 +155,8 @@ class DatabaseWorker:
             self._quiet_until = now + pause_s
             return pause_s
         try:
-            if self._is_spool_full():
+            self._capture.load()
+            if self._shipper.diverged is None and self._is_spool_full():
                 return None  # the uploads wake it
             wait_s = self._capture_some()
         except (DatabaseMissing, NotADatabase) as error:
@@ -201,13 +202,14 @@ class DatabaseWorker:
         except NeedsTimeline as need:
             self._begin_timeline(need)
             wait_s = self._capture.step()
+        self._begun = None
         if self._capture.position != before:
             self._pace.spend()
         return wait_s
 
     def _begin_timeline(self, need: NeedsTimeline) -> None:
         """A record that was written for a try that failed locally is used by the next one."""
-        if self._begun is None:
+        if self._begun is None or self._begun.known is not need.known:
             self._register()
             self._begun = origin.new_timeline(
                 Replica(self._store), need.known, writer=self._writer, reason=need.reason, now_ms=self._now_ms()

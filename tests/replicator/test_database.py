@@ -204,3 +204,18 @@ def test_a_database_without_a_wal_is_told_apart(path: Path) -> None:
         database.acquire()
         assert database.page_size == 8192
         database.close()
+
+
+def test_another_wal_at_the_path_is_not_deleted_when_the_database_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "app.db"
+    writer = apsw.Connection(str(path))
+    writer.execute("PRAGMA journal_mode=wal").fetchall()
+    writer.execute("CREATE TABLE t (n)")
+    database = LiveDatabase(path)
+    database.acquire()
+    writer.close()
+    wal = tmp_path / "app.db-wal"
+    wal.unlink()
+    wal.write_bytes(b"of an application")
+    database.close()
+    assert wal.read_bytes() == b"of an application"

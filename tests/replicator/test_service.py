@@ -20,7 +20,7 @@ from replicator import catalogue
 from replicator.capture import CaptureSettings
 from replicator.errors import DatabaseMissing, DatabaseNotReplicable, ReplicatorError, StoreUnavailable, SyncTimeout
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions
+from replicator.restore import RestoreOptions, restore
 from replicator.scheduler import Crew, Scheduler
 from replicator.service import Replicator
 from replicator.store.memory import MemoryStore
@@ -624,4 +624,62 @@ def test_a_file_that_is_no_database_keeps_no_other_of_its_folder_from_being_ship
         assert good.words.startswith("protected")
     finally:
         replicator.stop()
+        connection.close()
+
+
+def test_a_database_without_a_wal_gets_its_snapshot_when_its_replica_was_emptied(tmp_path: Path) -> None:
+    path, store = tmp_path / "app.db", MemoryStore()
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE t (n)")
+    connection.execute("INSERT INTO t VALUES (1)")
+    connection.close()
+    for emptied in (False, True):
+        if emptied:
+            store.delete([info.key for info in store.list()])
+        replicator = Replicator()
+        replicator.start()
+        try:
+            replicator.add(path, store, state=tmp_path / "state")
+            wait_for(lambda: restored_or_none(store, tmp_path / f"out-{emptied}.db") == 1, 10)
+        finally:
+            replicator.stop()
+
+
+def restored_or_none(store: MemoryStore, target: Path) -> int | None:
+    """Rows of a restore, None while there is nothing to restore."""
+    try:
+        restore(store, target)
+    except ReplicatorError:
+        return None
+    connection = apsw.Connection(str(target))
+    try:
+        return int(connection.execute("SELECT count(*) FROM t").get)
+    finally:
+        connection.close()
+
+
+def test_a_spool_that_is_over_its_limit_at_the_start_is_shipped(tmp_path: Path) -> None:
+    path, store = tmp_path / "app.db", MemoryStore()
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(5000)
+    connection.execute("PRAGMA journal_mode=wal").fetchall()
+    connection.execute("CREATE TABLE t (n)")
+    replicator = Replicator()
+    replicator.start()
+    replicator.add(path, store, state=tmp_path / "state")
+    replicator.sync(path, 10)
+    store.fail_next("put", StoreUnavailable("away"), times=1000)
+    connection.execute("INSERT INTO t VALUES (1)")
+    wait_for(lambda: replicator.status()[0].waiting_segments > 0, 10)
+    replicator.stop(0.5)
+    healthy = MemoryStore()
+    for info in store.list():
+        healthy.put(info.key, store.get(info.key))
+    again = Replicator()
+    again.start()
+    try:
+        again.add(path, healthy, state=tmp_path / "state", settings=WorkerSettings(spool_limit_bytes=1))
+        wait_for(lambda: again.status()[0].waiting_segments == 0 and again.status()[0].durable is not None, 10)
+    finally:
+        again.stop()
         connection.close()
