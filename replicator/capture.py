@@ -116,6 +116,7 @@ class Capture:
         self._continuous = False  # the scanner goes on from the captured state, under the lock that is held now
         self._confirmed: Cursor | None = None  # up to here SQLite itself counts as committed what was captured
         self._stamp: FileStamp | None = None
+        self._resting: FileStamp | None = None  # the file as it is while our lock lets no checkpoint write it
         self._changed_at = monotonic()
         self._next_checkpoint_at = 0.0
         self._retry_s = FIRST_CHECKPOINT_RETRY_S
@@ -175,6 +176,7 @@ class Capture:
         if database.journal is Journal.ROLLBACK:
             return self._compare_if_changed(database)
         before = self._state.txid
+        self._check_resting(database)
         if not self._continuous:
             self._begin(database)
         self._drain()
@@ -193,7 +195,7 @@ class Capture:
         """Close the database and its read lock. The next step compares, unless the WAL proves continuity."""
         if self._database is not None:
             self._database.close()
-        self._database = self._scanner = self._stamp = None
+        self._database = self._scanner = self._stamp = self._resting = None
         self._continuous = False
 
     def close(self) -> None:
@@ -288,6 +290,21 @@ class Capture:
             self._continuous = True
         except ContinuityLost as lost:
             self._rebase(self._database, str(lost))
+
+    def _check_resting(self, database: LiveDatabase) -> None:
+        """Behind a complete checkpoint nothing but a program that goes past SQLite (``cp`` over it) writes the file.
+
+        What SQLite has read of it is worth nothing then: it is opened again, and compared. Raises DatabaseBusy.
+        """
+        if self._resting is None or self._resting == database.stamp():
+            return
+        self.let_go()
+        self._captured = dataclasses.replace(
+            self._state,
+            source=dataclasses.replace(_NO_FILE, device=database.identity.device, inode=database.identity.inode),
+        )
+        self._spool.save_base(self._state)
+        raise DatabaseBusy(f"{self.path} was written by a program other than SQLite; it is opened again and compared")
 
     def _follow_restart(self, database: LiveDatabase) -> bool:
         """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured.
@@ -475,6 +492,9 @@ class Capture:
         """
         progress = database.wal_progress()
         database.pass_lock()
+        frames, backfilled = database.wal_progress()
+        if frames != backfilled:
+            self._resting = None  # the lock is at a later commit, up to which a checkpoint may write
         frames, backfilled = progress
         if progress != self._progress:
             self._let_by_s = FIRST_LET_BY_S
@@ -501,9 +521,12 @@ class Capture:
         due_at = max(self._changed_at + (0 if is_due else self._settings.idle_checkpoint_s), self._next_checkpoint_at)
         if now < due_at:
             return due_at - now
+        self._resting = None
         wait_s = self._checkpoint(database)
         if is_abandoned and not self.figures.checkpoint_blocked and database.truncate_wal():
             self._drain()
+        if not self.figures.checkpoint_blocked:
+            self._resting = database.stamp()
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:

@@ -6,10 +6,12 @@ import logging
 import shutil
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -640,20 +642,20 @@ def test_a_database_without_a_wal_gets_its_snapshot_when_its_replica_was_emptied
         replicator.start()
         try:
             replicator.add(path, store, state=tmp_path / "state")
-            wait_for(lambda: restored_or_none(store, tmp_path / f"out-{emptied}.db") == 1, 10)
+            wait_for(partial(_has_one_row, store, tmp_path / f"out-{emptied}.db"), 10)
         finally:
             replicator.stop()
 
 
-def restored_or_none(store: MemoryStore, target: Path) -> int | None:
-    """Rows of a restore, None while there is nothing to restore."""
+def _has_one_row(store: MemoryStore, target: Path) -> bool:
+    """False while there is nothing to restore."""
     try:
         restore(store, target)
     except ReplicatorError:
-        return None
+        return False
     connection = apsw.Connection(str(target))
     try:
-        return int(connection.execute("SELECT count(*) FROM t").get)
+        return int(connection.execute("SELECT count(*) FROM t").get) == 1
     finally:
         connection.close()
 
@@ -683,3 +685,34 @@ def test_a_spool_that_is_over_its_limit_at_the_start_is_shipped(tmp_path: Path) 
     finally:
         again.stop()
         connection.close()
+
+
+def test_a_file_that_was_copied_over_in_place_is_compared_and_never_mixed(tmp_path: Path) -> None:
+    path, backup, store = tmp_path / "app.db", tmp_path / "backup.db", MemoryStore()
+
+    def commit(*statements: str) -> None:
+        """As an application in a process of its own, which ends."""
+        code = "import apsw, sys\nc = apsw.Connection(sys.argv[1])\nc.set_busy_timeout(5000)\n"
+        code += "[c.execute(s).fetchall() for s in sys.argv[2:]]"
+        subprocess.run([sys.executable, "-c", code, str(path), *statements], check=True)
+
+    numbers = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 2000) "
+    numbers += "INSERT INTO t SELECT hex(randomblob(50)) FROM c"
+    commit("PRAGMA journal_mode=wal", "CREATE TABLE t (x)", numbers, "PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copyfile(path, backup)
+    replicator = Replicator()
+    replicator.start()
+    try:
+        replicator.add(path, store, state=tmp_path / "state")
+        commit("UPDATE t SET x = 'new'")
+        replicator.sync(path, 10)
+        wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0, 10)
+        shutil.copyfile(backup, path)
+        commit("INSERT INTO t VALUES ('after')")
+        replicator.sync(path, 10)
+    finally:
+        replicator.stop()
+    restore(store, tmp_path / "out.db")
+    connection = apsw.Connection(str(tmp_path / "out.db"))
+    assert connection.execute("SELECT count(*), sum(x = 'new'), sum(x = 'after') FROM t").get == (2001, 0, 1)
+    connection.close()
