@@ -20,10 +20,12 @@ from replicator import (
     DatabaseError,
     DatabaseStatus,
     Folder,
+    NothingToRestore,
     ObjectStore,
     Replica,
     Replicator,
     ReplicatorError,
+    RestoreError,
     RestoreOptions,
     SyncTimeout,
     UsageError,
@@ -164,15 +166,35 @@ def restore_folder(
     """Every database of a folder's replica into ``directory``, with owner and mode; those that are there already stay.
 
     local: state of the folder's databases, where the restored positions are noted, so that each goes on as a fork from there.
+    One of which nothing was ever durable is left out, and said; one that fails keeps no other from coming back.
     """
+    for leftover in directory.rglob(".*.restoring-*"):
+        leftover.unlink()
+    failures: list[ReplicatorError] = []
     for name, entry in catalogue.entries(store).items():
         target = directory / name
         _make_folders(directory, name, entry.uid, entry.gid)
-        _restore_database(
-            catalogue.replica_of(store, name), target, local / catalogue.encode(name), f"{name} of {what}", on_progress
-        )
+        try:
+            _restore_database(
+                catalogue.replica_of(store, name),
+                target,
+                local / catalogue.encode(name),
+                f"{name} of {what}",
+                on_progress,
+            )
+        except NothingToRestore:
+            on_progress(f"{name} of {what}: nothing of it was ever in the bucket; it is left out")
+            continue
+        except RestoreError as error:
+            log.error(
+                "a database could not be restored", extra={"database": str(name), "volume": what, "reason": str(error)}
+            )
+            failures.append(error)
+            continue
         os.chown(target, entry.uid, entry.gid)
         target.chmod(entry.mode)
+    if failures:
+        raise failures[0]
 
 
 def _make_folders(directory: Path, name: PurePosixPath, uid: int, gid: int) -> None:

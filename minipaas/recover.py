@@ -130,11 +130,20 @@ def _take(bucket: ObjectStore, node_id: str, request: Recovery, say: Callable[[s
 def _begin(request: Recovery, marker: Marker) -> Identity:
     """The first things that are written, and this node's own key."""
     request.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    request.data_dir.chmod(0o700)
+    _forget_half_done(request.data_dir)
     write_private(request.data_dir / MARKER, msgspec.json.encode(marker).decode())
     if request.credentials is not None:
         write_credentials(request.data_dir, request.credentials)
     key_path = request.data_dir / "node.key"
     return sealing.read_node_identity(key_path) if key_path.exists() else sealing.create_node_identity(key_path)
+
+
+def _forget_half_done(data_dir: Path) -> None:
+    """The state that an interrupted try restored may be old by now; it is restored again."""
+    for file in data_dir.glob("state.db*"):
+        file.unlink()
+    shutil.rmtree(data_dir / "replicator" / "state", ignore_errors=True)
 
 
 def _settings(request: Recovery, marker: Marker, fleet: FleetRecord) -> Settings:

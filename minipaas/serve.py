@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 class Lease(Protocol):
     """The right of this node to the bucket. Both raise ReplicatorError; ``keep`` returns when the process stops."""
 
-    def acquire(self) -> int: ...
+    def resume(self) -> int: ...
 
     def keep(self, on_lost: Callable[[ReplicatorError], None]) -> None: ...
 
@@ -176,11 +176,12 @@ class Server:
         lease = self._wiring.lease(self.settings, self._leaving)
         held = True
         try:
-            lease.acquire()
+            lease.resume()
         except StoreError as error:
             log.warning("the bucket cannot be reached", extra={"reason": str(error)})
             held = False
         except ReplicatorError as error:
+            self._fence_before_start()
             raise FleetHeld(f"{error}; this node does not start, so that two do not serve the same apps") from error
         threading.Thread(target=self._keep_lease, args=(lease, held), name="lease", daemon=True).start()
 
@@ -189,7 +190,7 @@ class Server:
             if self._leaving.wait(self._wiring.limits.sweep_s):
                 return
             try:
-                lease.acquire()
+                lease.resume()
                 held = True
             except StoreError:
                 continue
@@ -202,6 +203,13 @@ class Server:
         log.error("another node has this fleet now; this one stops its apps", extra={"reason": str(error)})
         self.lost = f"{error}; the apps of this node are stopped, what they had not shipped is still in {self.settings.volumes_dir}"
         self.ended.set()
+
+    def _fence_before_start(self) -> None:
+        """What this node left running when it was up last must not go on taking writes."""
+        try:
+            self.fence()
+        except PlatformError as error:
+            log.error("what still runs here could not be stopped; stop it by hand", extra={"reason": str(error)})
 
     def fence(self) -> None:
         """After ``stop`` of a node that lost its fleet: nothing here may take writes any more."""
@@ -232,10 +240,13 @@ def serve(settings: Settings, wiring: Wiring, on_ready: Callable[[Server], None]
         on_ready(server)
         server.ended.wait()
     finally:
-        for sentence in server.stop():
-            say(sentence)
+        try:
+            for sentence in server.stop():
+                say(sentence)
+        finally:
+            if server.lost:
+                server.fence()
     if server.lost:
-        server.fence()
         raise FleetHeld(server.lost)
 
 
@@ -292,6 +303,7 @@ def now_ms() -> int:
 def _make_directories(settings: Settings) -> None:
     for directory in (settings.run_dir, settings.volumes_dir, settings.data_dir / "scratch"):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.data_dir.chmod(0o700)
 
 
 class _Closable(Protocol):

@@ -97,6 +97,7 @@ def _check_bucket(bucket: ObjectStore) -> None:
 def _write(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> SetupResult:
     was_there = request.data_dir.exists()
     request.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    request.data_dir.chmod(0o700)
     try:
         return _write_node(request, bucket, now_ms)
     except BaseException:
@@ -115,7 +116,6 @@ def _write_node(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> Setu
     if request.credentials is not None:
         write_credentials(settings.data_dir, request.credentials)
     token = _write_state(settings, fleet, node, now_ms)
-    write_settings(settings)
     write_fleet(
         bucket,
         FleetRecord(
@@ -125,6 +125,7 @@ def _write_node(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> Setu
             sync_interval_s=settings.sync_interval_s,
         ),
     )
+    write_settings(settings)  # last: without it nothing serves, so that a setup that was killed is seen as one
     return SetupResult(settings, fleet.id, owner.secret, token)
 
 

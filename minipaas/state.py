@@ -114,7 +114,7 @@ class State:
             )
             self._db.execute("UPDATE machines SET node = ? WHERE node = ?", (new.id, old_node))
             self._db.execute(
-                "UPDATE volumes SET node = ?, state = CASE state WHEN 'creating' THEN 'creating' ELSE 'restoring' END WHERE node = ?",
+                "UPDATE volumes SET node = ?, state = 'restoring' WHERE node = ?",
                 (new.id, old_node),
             )
 

@@ -55,7 +55,9 @@ class Uploads:
         return path
 
     def remove(self, upload: str) -> None:
-        (self._directory / upload).unlink(missing_ok=True)
+        """No error when it is gone, or was never one: what a client names is nothing else but an upload."""
+        if _ID.fullmatch(upload):
+            (self._directory / upload).unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """A new empty directory, for unpacking."""

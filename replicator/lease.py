@@ -99,6 +99,16 @@ class Lease:
         self._mine, self._etag = record, info.etag
         return epoch
 
+    def resume(self) -> int:
+        """Take it as one who goes on: if nobody ever had it, or it is ours from before a restart. The epoch.
+
+        Raises LeaseHeld when another has had it since, alive or not: what this one knows is old then.
+        """
+        found = self.look()
+        if found is not None and found[0].holder != self._holder:
+            raise LeaseHeld(f"{found[0].label} has the lease {self._key} now, since it took over")
+        return self.acquire()
+
     def renew(self) -> None:
         """Raises LeaseLost when another has it, StoreError when the store cannot be asked."""
         mine = self._held()

@@ -71,7 +71,15 @@ def _source(
         return {"kind": "image", "ref": image}
     click.echo(f"-----> Sending {directory.resolve().name}")
     ignorefile = directory / parsed.build.ignorefile if parsed.build.ignorefile else None
-    return {"kind": "source", "upload": client.upload(tarball.pack(directory, ignorefile))}
+    return {
+        "kind": "source",
+        "upload": client.upload(tarball.pack(directory, ignorefile, keep=_containerfiles(parsed))),
+    }
+
+
+def _containerfiles(parsed: manifest.Manifest) -> tuple[str, ...]:
+    """They travel although an ignore file names them, as it often does."""
+    return tuple(name for name in ("Containerfile", "Dockerfile", parsed.build.dockerfile) if name)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 WIDE = 400
@@ -68,5 +69,5 @@ def _styled(cell: str) -> str:
         ("protected", "green"),
     ):
         if cell.startswith(word):
-            return f"[{style}]{cell}[/{style}]"
-    return cell.replace("[", "\\[")
+            return f"[{style}]{escape(cell)}[/{style}]"
+    return escape(cell)

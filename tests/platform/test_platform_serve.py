@@ -219,7 +219,7 @@ class FakeLease:
     def __init__(self, answers: list[ReplicatorError | None], lost: threading.Event, leaving: threading.Event) -> None:
         self._answers, self._lost, self._leaving = answers, lost, leaving
 
-    def acquire(self) -> int:
+    def resume(self) -> int:
         answer = self._answers.pop(0) if self._answers else None
         if answer is not None:
             raise answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import apsw
@@ -13,6 +14,7 @@ from minipaas.errors import Conflict, NotAuthorised, NotFound, StateTooNew
 from minipaas.model import Node
 from minipaas.sealing import Identity, Sealer, seal, unseal
 from minipaas.state import State
+from minipaas.uploads import Uploads
 
 
 def test_a_second_release_is_refused_while_one_is_deployed(stage: Stage) -> None:
@@ -123,3 +125,17 @@ def test_only_the_newest_local_token_of_a_node_is_known(stage: Stage) -> None:
 def test_an_app_that_is_not_there_is_not_found(stage: Stage) -> None:
     with pytest.raises(NotFound, match="there is no app"):
         stage.state.desired("nobody")
+
+
+def test_what_a_client_names_is_removed_only_if_it_is_an_upload(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path / "uploads", max_bytes=100, keep_s=60)
+    uploads.clean()
+    precious = tmp_path / "node.key"
+    precious.write_text("x")
+    for name in ("../node.key", str(precious), "..", ""):
+        uploads.remove(name)
+    assert precious.read_text() == "x"
+    kept = uploads.store(BytesIO(b"content"))
+    uploads.remove(kept)
+    with pytest.raises(NotFound):
+        uploads.path(kept)

@@ -99,3 +99,14 @@ def test_a_renewal_whose_acknowledgement_was_lost_is_no_loss() -> None:
     )
     held.renew()
     assert held.epoch == 1
+
+
+def test_one_who_goes_on_never_takes_what_another_has_had_since() -> None:
+    store = MemoryStore()
+    assert lease(store, "a").resume() == 1
+    assert lease(store, "a").resume() == 2
+    taken = lease(store, "b")
+    taken.acquire(take_over=True)
+    taken.release()
+    with pytest.raises(LeaseHeld, match="node b"):
+        lease(store, "a").resume()
