@@ -6,16 +6,14 @@ import fcntl
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.node import REPOSITORY, Node
+from support.node import REPOSITORY, MakeNode, Node, serving
 from support.seaweed import SeaweedServer
 
 from images.make_base import make_base
-
-MakeNode = Callable[..., Node]
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +72,3 @@ def shared_node(seaweed: SeaweedServer, base_archive: Path) -> Iterator[Node]:
     finally:
         node.end()
         shutil.rmtree(root, ignore_errors=True)
-
-
-def serving(node: Node, base_archive: Path) -> Node:
-    node.setup()
-    node.start()
-    node.podman("load", "--input", str(base_archive))
-    return node

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MakeNode, serving
 from support.bucket import restored_rows
 from support.faultproxy import FaultProxy
-from support.node import GUESTBOOK, Load, Node, unprotected, wait_for
+from support.node import GUESTBOOK, Load, MakeNode, Node, serving, unprotected, wait_for
 from support.seaweed import SeaweedServer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(420)]

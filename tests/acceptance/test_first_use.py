@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MakeNode
-from support.node import GUESTBOOK, Node, free_port, wait_for
+from support.node import GUESTBOOK, MakeNode, Node, free_port, wait_for
 from support.seaweed import SeaweedServer
 
 from images.make_base import TAG as BASE_TAG

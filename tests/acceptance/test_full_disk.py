@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import MakeNode, serving
 from support.bucket import restored_rows
-from support.node import Load, unprotected, wait_for
+from support.node import Load, MakeNode, serving, unprotected, wait_for
 from support.seaweed import SeaweedServer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(420)]

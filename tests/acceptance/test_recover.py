@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MakeNode, serving
 from support.bucket import bucket_of
-from support.node import Node, wait_for
+from support.node import MakeNode, Node, serving, wait_for
 from support.seaweed import SeaweedServer
 
 from images.make_base import TAG as BASE_TAG

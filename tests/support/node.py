@@ -316,3 +316,13 @@ def processes_of(root: Path) -> Iterator[tuple[int, str]]:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 if str(root) in line:
                     yield int(entry.name), line
+
+
+MakeNode = Callable[..., Node]
+
+
+def serving(node: Node, base_archive: Path) -> Node:
+    node.setup()
+    node.start()
+    node.podman("load", "--input", str(base_archive))
+    return node
