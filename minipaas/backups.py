@@ -65,16 +65,19 @@ def open_bucket(url: str, credentials: Credentials | None, patience_s: float = P
 class BucketBackups:
     """``protection.Backups`` over one bucket. Every method may be called from any thread.
 
-    shipping: the same bucket with less patience, for what is tried again and again anyway.
+    shipping: the same bucket with less patience, for what is tried again and again anyway. epoch: of this node's lease; raises LeaseLost
+    while it has none.
     """
 
-    def __init__(self, settings: Settings, bucket: ObjectStore, shipping: ObjectStore) -> None:
+    def __init__(
+        self, settings: Settings, bucket: ObjectStore, shipping: ObjectStore, epoch: Callable[[], int]
+    ) -> None:
         self._bucket = bucket
         self._shipping = shipping
         self._state_path = settings.state_path
         self._local = local_state(settings)
         self._worker_settings = WorkerSettings(interval_s=settings.sync_interval_s)
-        self._replicator = Replicator(writer=f"{settings.node} ({settings.node_id})")
+        self._replicator = Replicator(writer=f"{settings.node} ({settings.node_id})", epoch=epoch)
         self._volumes: dict[str, Path] = {}
 
     @property

@@ -22,6 +22,7 @@ from minipaas.model import Node, check_name
 from minipaas.sealing import Identity
 from minipaas.settings import (
     LEASE_TTL_S,
+    LOST,
     Credentials,
     Settings,
     settings_path,
@@ -105,6 +106,10 @@ def _check_directory(data_dir: Path, fleet: FleetRecord) -> Marker:
                 f"{data_dir} holds a half-done recovery of another fleet; empty it, or name another --data"
             )
         return marker
+    if (data_dir / LOST).exists():
+        raise NodeNotEmpty(
+            f"{data_dir} holds what a node that lost its fleet had not shipped; keep it, and name another --data"
+        )
     if settings_path(data_dir).exists():
         raise NodeNotEmpty(
             f"{data_dir} is the directory of a node already; go on with: minipaas serve --data {data_dir}"

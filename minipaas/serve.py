@@ -31,7 +31,7 @@ from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
 from minipaas.ops import World
 from minipaas.progress import Hub
-from minipaas.protection import Backups, ReplicatorError, StoreError
+from minipaas.protection import Backups, ReplicatorError
 from minipaas.reconcile import Reconciler, StopClock
 from minipaas.router import Router
 from minipaas.sealing import Sealer, read_node_identity
@@ -39,18 +39,11 @@ from minipaas.service import Parts, Platform
 from minipaas.settings import Limits, Settings, listen_address
 from minipaas.sources import Builder
 from minipaas.state import State
+from minipaas.tenure import Lease, Tenure, close_edge, end_containers
 from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
 
 log = logging.getLogger(__name__)
-
-
-class Lease(Protocol):
-    """The right of this node to the bucket. Both raise ReplicatorError; ``keep`` returns when the process stops."""
-
-    def resume(self) -> int: ...
-
-    def keep(self, on_lost: Callable[[ReplicatorError], None]) -> None: ...
 
 
 def new_engine(settings: Settings) -> Engine:
@@ -69,9 +62,13 @@ def new_edge(settings: Settings) -> Edge:
 
 @dataclass(frozen=True)
 class Wiring:
-    """How the outer parts are made; the defaults are the real ones. lease: given the event that ends it; None for no lease."""
+    """How the outer parts are made; the defaults are the real ones.
 
-    backups: Callable[[Settings], Backups]
+    backups: given the epoch of the node's lease, which raises LeaseLost while it is not held. lease: given the event that ends it; None
+    for no lease.
+    """
+
+    backups: Callable[[Settings, Callable[[], int]], Backups]
     lease: Callable[[Settings, threading.Event], Lease] | None = None
     engine: Callable[[Settings], Engine] = new_engine
     edge: Callable[[Settings], Edge] = new_edge
@@ -85,9 +82,14 @@ class Server:
     def __init__(self, settings: Settings, wiring: Wiring) -> None:
         self.settings, self._wiring = settings, wiring
         self.ended = threading.Event()
-        self.lost: str = ""
         self._open = ExitStack()
         self._leaving = threading.Event()
+        self._tenure = _tenure(settings, wiring, self._leaving)
+
+    @property
+    def lost(self) -> str:
+        """Why this node has no right to its fleet any more; '' while it has."""
+        return self._tenure.lost
 
     def start(self) -> None:
         """Raises AlreadyRunning, EngineMissing, EdgeError, FleetHeld …; nothing that it started is left then, but edge and engine."""
@@ -99,11 +101,16 @@ class Server:
         """Ends this process's part within a bounded time; sentences on what goes on, and whether everything is durable."""
         limits = self._wiring.limits
         self._leaving.set()
+        if self.lost:
+            self._fence()  # before anything that takes time
         settled = self.reconciler.stop(limits.stop_workers_s)
-        names = [app.name for app in self.state.apps() if app.destroyed_ms is None]
-        sentences = [f"left running: {', '.join([*names, 'the edge', 'the engine'])}"]
-        if not settled:
-            sentences.append("a change was under way; it goes on at the next start")
+        if self.lost:  # again: a change was perhaps under way
+            sentences = self._fence() or ["the apps and the edge of this node have ended"]
+        else:
+            names = [app.name for app in self.state.apps() if app.destroyed_ms is None]
+            sentences = [f"left running: {', '.join([*names, 'the edge', 'the engine'])}"]
+            if not settled:
+                sentences.append("a change was under way; it goes on at the next start")
         sentences += self._ship(limits.stop_sync_s)
         self._open.close()
         return sentences
@@ -120,11 +127,15 @@ class Server:
                 f"{settings.state_path} does not know node {settings.node_id}; recover on an empty directory"
             )
         undo.callback(self._leaving.set)
-        self._hold_bucket()
+        try:
+            self._tenure.begin(on_lost=self.ended.set)
+        except FleetHeld:
+            self._fence_before_start()
+            raise
         engine = undo.enter_context(_closing(self._wiring.engine(settings)))
         edge = self._wiring.edge(settings)
         edge.start()
-        backups = self._wiring.backups(settings)
+        backups = self._wiring.backups(settings, self._tenure.epoch)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         scratch = settings.data_dir / "scratch"
@@ -167,56 +178,20 @@ class Server:
         undo.enter_context(_api(self.platform, settings, limits))
         self.reconciler.start()
 
-    # -- the bucket is ours
-
-    def _hold_bucket(self) -> None:
-        """Raises FleetHeld. A store that cannot be reached is no reason not to look after the apps that run here: it is asked again."""
-        if self._wiring.lease is None:
-            return
-        lease = self._wiring.lease(self.settings, self._leaving)
-        held = True
-        try:
-            lease.resume()
-        except StoreError as error:
-            log.warning("the bucket cannot be reached", extra={"reason": str(error)})
-            held = False
-        except ReplicatorError as error:
-            self._fence_before_start()
-            raise FleetHeld(f"{error}; this node does not start, so that two do not serve the same apps") from error
-        threading.Thread(target=self._keep_lease, args=(lease, held), name="lease", daemon=True).start()
-
-    def _keep_lease(self, lease: Lease, held: bool) -> None:
-        while not held:
-            if self._leaving.wait(self._wiring.limits.sweep_s):
-                return
-            try:
-                lease.resume()
-                held = True
-            except StoreError:
-                continue
-            except ReplicatorError as error:
-                self._lose(error)
-                return
-        lease.keep(self._lose)
-
-    def _lose(self, error: ReplicatorError) -> None:
-        log.error("another node has this fleet now; this one stops its apps", extra={"reason": str(error)})
-        self.lost = f"{error}; the apps of this node are stopped, what they had not shipped is still in {self.settings.volumes_dir}"
-        self.ended.set()
+    def _fence(self) -> list[str]:
+        """Nothing here may take writes any more. What could not be ended, as sentences."""
+        return [*close_edge(self._wiring.edge(self.settings)), *end_containers(self.world.engine)[1]]
 
     def _fence_before_start(self) -> None:
-        """What this node left running when it was up last must not go on taking writes."""
+        """What this node left running when it was up last must not go on taking writes either."""
+        failures = close_edge(self._wiring.edge(self.settings))
         try:
-            self.fence()
+            with _closing(self._wiring.engine(self.settings)) as engine:
+                failures += end_containers(engine)[1]
         except PlatformError as error:
-            log.error("what still runs here could not be stopped; stop it by hand", extra={"reason": str(error)})
-
-    def fence(self) -> None:
-        """After ``stop`` of a node that lost its fleet: nothing here may take writes any more."""
-        engine = self._wiring.engine(self.settings)
-        with _closing(engine):
-            _end_containers(engine)
-        self._wiring.edge(self.settings).stop()
+            failures.append(f"the engine could not be asked what runs here, stop it by hand: {error}")
+        for failure in failures:
+            log.error(failure)
 
     def _ship(self, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
@@ -240,12 +215,8 @@ def serve(settings: Settings, wiring: Wiring, on_ready: Callable[[Server], None]
         on_ready(server)
         server.ended.wait()
     finally:
-        try:
-            for sentence in server.stop():
-                say(sentence)
-        finally:
-            if server.lost:
-                server.fence()
+        for sentence in server.stop():
+            say(sentence)
     if server.lost:
         raise FleetHeld(server.lost)
 
@@ -257,14 +228,18 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         undo.enter_context(data_lock(settings))
         state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
         engine = undo.enter_context(_closing(wiring.engine(settings)))
-        backups = wiring.backups(settings)
+        tenure = _tenure(settings, wiring, threading.Event())
+        undo.enter_context(tenure.borrowed(say))
+        backups = wiring.backups(settings, tenure.epoch)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         watched = [each for each in state.volumes() if each.state == "created"]
         watched = [each for each in watched if settings.volume_dir(each.app, each.name).is_dir()]
         for volume in watched:
             backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
-        say(f"stopped {_end_containers(engine)} containers")
+        count, failures = end_containers(engine)
+        for words in [f"stopped {count} containers", *failures]:
+            say(words)
         deadline = time.monotonic() + limits.stop_sync_s
         late = [
             words
@@ -276,6 +251,11 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
     wiring.edge(settings).stop()
     PodmanService(settings.data_dir, settings.run_dir).stop()
     say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
+
+
+def _tenure(settings: Settings, wiring: Wiring, leaving: threading.Event) -> Tenure:
+    lease = wiring.lease(settings, leaving) if wiring.lease else None
+    return Tenure(settings, lease, leaving, wiring.limits.sweep_s)
 
 
 @contextmanager
@@ -332,14 +312,6 @@ def _late(what: str, sync: Callable[[float], None], deadline: float) -> list[str
     except (PlatformError, ReplicatorError) as error:
         return [f"{what}: {error}"]
     return []
-
-
-def _end_containers(engine: Engine) -> int:
-    containers = engine.containers.list()
-    for container in containers:
-        engine.containers.stop(container.name)
-        engine.containers.remove(container.name)
-    return len(containers)
 
 
 @contextmanager

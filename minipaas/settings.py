@@ -18,6 +18,7 @@ from minipaas.errors import BadRequest, NotFound
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
+LOST = "lost"
 LEASE_TTL_S = 60.0
 
 
@@ -97,6 +98,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def lock_path(self) -> Path:
         return self.data_dir / "serve.lock"
+
+    @property
+    def lost_path(self) -> Path:
+        """There once another node has taken this one's fleet; says so."""
+        return self.data_dir / LOST
 
     def volume_dir(self, app: str, name: str) -> Path:
         return self.volumes_dir / app / name

@@ -163,6 +163,7 @@ class Capture:
             hashes=known.hashes if known else StateHashes(),
         )
         self._spool.save_base(captured)
+        self._spool.end_fork()
         self._captured = captured
         self._loaded = True
 
@@ -238,6 +239,8 @@ class Capture:
             raise NeedsTimeline("first sight", None)
         if captured.restored:
             raise NeedsTimeline("restored", captured)
+        if self._spool.forking:
+            raise NeedsTimeline("the one that was begun last was never used", captured)
         source = captured.source
         if source is not None and (source.device, source.inode) != (identity.device, identity.inode):
             raise NeedsTimeline("the file was replaced by another", captured)

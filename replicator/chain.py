@@ -84,19 +84,22 @@ def stops(
 
 
 def newest(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], timeline: int | None = None) -> Position:
-    """The default target: the last restorable position of the highest-numbered timeline, or of ``timeline``.
+    """The default target: the last restorable position in the history of the newest timeline, or of ``timeline``.
 
-    A timeline that has nothing of its own yet is at the point where it left its parent; one that has neither counts for
-    nothing. Raises NothingToRestore, and ChainBroken when segments are there but no snapshot that they follow from.
+    The newest was begun under the highest epoch; of those, it has the highest number. One that has nothing of its own yet is
+    where it left its parent, or as near before as the parent can give: its writer may be lost before the parent's end was shipped.
+    One without segments and descent counts for nothing. Raises NothingToRestore, and ChainBroken when segments are there but no
+    snapshot that they follow from.
     """
     own = _stops(timelines, known := list(segments))
     with_segments = {ref.timeline for ref in known}
-    for number in sorted(own, reverse=True) if timeline is None else [timeline]:
+    for number in _newest_first(timelines, own) if timeline is None else [timeline]:
         if own.get(number):
             return Position(number, own[number][-1].last)
-        record = timelines.get(number)
-        if record is not None and record.parent is not None:
-            return Position(number, _fork_of(timelines, number))
+        fork = Position(number, _fork_of(timelines, number))
+        for part in _path(timelines, fork)[1:]:
+            if reached := [ref.last for ref in own.get(part.timeline, ()) if ref.last <= part.txid]:
+                return fork if reached[-1] == fork.txid else Position(part.timeline, reached[-1])
         if number in with_segments:
             raise ChainBroken(
                 f"timeline {number} cannot be restored: it has segments but no snapshot before them; "
@@ -105,6 +108,15 @@ def newest(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], ti
     if timeline is not None:
         raise NothingToRestore(f"timeline {timeline} holds nothing to restore; {_alternatives(own, timeline)}")
     raise NothingToRestore("the replica holds no segment; check the URL, or let the first snapshot be shipped")
+
+
+def _newest_first(timelines: Mapping[int, Timeline], numbers: Iterable[int]) -> list[int]:
+    """By epoch, then by number. One whose record is missing counts as begun under the epoch of those before it."""
+    ages: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        before = max(ages, default=(0, 0))[0]
+        ages.append((timelines[number].epoch if number in timelines else before, number))
+    return [number for _, number in sorted(ages, reverse=True)]
 
 
 # -- the line of txids that leads to a target --------------------------------------------------------------------------

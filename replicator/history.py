@@ -52,6 +52,7 @@ def _document(
         "created": format_time(record.created_ms) if record else None,
         "writer": record.writer if record else None,
         "reason": record.reason if record else "its record is missing",
+        "epoch": record.epoch if record else None,
         "first_txid": first.first if first else None,
         "first_time": format_time(replica.header(first).first_commit_ms) if first else None,
         "last_txid": last.last if last else None,

@@ -67,6 +67,10 @@ class Lease:
         """0 while it is not held."""
         return self._mine.epoch if self._mine else 0
 
+    def token(self) -> int:
+        """The epoch, for what is written under it. Raises LeaseLost while it is not held."""
+        return self._held().epoch
+
     def look(self) -> tuple[LeaseRecord, str] | None:
         """The record and its etag; None when nobody ever had it. Raises StoreError."""
         try:

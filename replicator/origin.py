@@ -24,11 +24,13 @@ class Origin:
     known: Captured | None
 
 
-def new_timeline(replica: Replica, known: Captured | None, *, writer: str, reason: str, now_ms: int) -> Origin:
+def new_timeline(
+    replica: Replica, known: Captured | None, *, writer: str, reason: str, now_ms: int, epoch: int = 0
+) -> Origin:
     """Write the record of a new timeline. Raises StoreError.
 
     known: the state that the database forks from, when it is of this replica; else the new timeline begins with a snapshot, and
-    its parent is the newest that there is.
+    its parent is the newest that there is. epoch: of the lease that allows it, 0 without one.
     """
     parent: int | None
     fork_txid: int | None
@@ -48,6 +50,7 @@ def new_timeline(replica: Replica, known: Captured | None, *, writer: str, reaso
             created_ms=now_ms,
             writer=writer,
             reason=reason,
+            epoch=epoch,
         )
         if replica.write_timeline(timeline):
             return Origin(timeline, fork_txid or 0, known)

@@ -33,7 +33,7 @@ from replicator.segment import (
     SegmentReader,
 )
 from replicator.store import ObjectStore
-from replicator.values import MAX_TIMELINE, MAX_TXID, Position, Timeline, format_time
+from replicator.values import MAX_EPOCH, MAX_TIMELINE, MAX_TXID, Position, Timeline, format_time
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class _Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     created_ms: int
     writer: str
     reason: str
+    epoch: int
 
 
 class _AnyRecord(msgspec.Struct):
@@ -69,6 +70,7 @@ def encode_timeline(timeline: Timeline) -> bytes:
         timeline.created_ms,
         timeline.writer,
         timeline.reason,
+        timeline.epoch,
     )
     _check_record(record)
     return msgspec.json.encode(record)
@@ -94,6 +96,7 @@ def decode_timeline(body: bytes) -> Timeline:
         created_ms=record.created_ms,
         writer=record.writer,
         reason=record.reason,
+        epoch=record.epoch,
     )
 
 
@@ -107,6 +110,7 @@ def _check_record(record: _Record) -> None:
         "database": re.fullmatch("[0-9a-f]{32}", record.database) is not None,
         "parent and fork_txid": descent,
         "created_ms": 0 <= record.created_ms <= MAX_TIME_MS,
+        "epoch": 0 <= record.epoch <= MAX_EPOCH,
     }
     for field, kept in rules.items():
         if not kept:

@@ -230,7 +230,7 @@ def _target(
         timeline = options.timeline
         return Position(chain.newest(timelines, segments).timeline if timeline is None else timeline, options.txid)
     newest = chain.newest(timelines, segments, options.timeline)
-    stranded = sum(ref.timeline == newest.timeline and ref.last > newest.txid for ref in segments)
+    stranded = sum(ref.timeline >= newest.timeline and ref.last > newest.txid for ref in segments)
     if stranded:
         log.warning("%d segments after %s do not follow from it and are left out; see the history", stranded, newest)
     return newest

@@ -68,6 +68,7 @@ class Replicator:
     """Replicates databases until it is stopped. Every method may be called from any thread.
 
     sweep_s: how often everything is looked at without an event. writer: names this writer in the records of its timelines.
+    epoch: of the lease under which it writes, 0 without one; raises LeaseLost while no timeline may be begun.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Replicator:
         *,
         sweep_s: float = SWEEP_S,
         writer: str | None = None,
+        epoch: Callable[[], int] = lambda: 0,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._sweep_s = sweep_s
         self._writer = writer or f"{socket.gethostname()}:{os.getpid()}"
+        self._epoch = epoch
         self._now_ms = now_ms
         self._guard = threading.RLock()
         self._databases: dict[Path, _Replicated] = {}
@@ -168,6 +171,7 @@ class Replicator:
                 settings,
                 self._scheduler.wake,
                 writer=self._writer,
+                epoch=self._epoch,
                 now_ms=self._now_ms,
                 register=register,
             )

@@ -9,13 +9,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from replicator import failpoints
-from replicator.errors import FormatError, ObjectMissing, PreconditionFailed, ReplicatorError, StoreError
+from replicator import chain, failpoints
+from replicator.errors import (
+    ChainBroken,
+    FormatError,
+    NothingToRestore,
+    ObjectMissing,
+    PreconditionFailed,
+    ReplicatorError,
+    StoreError,
+)
 from replicator.layout import SegmentRef, timeline_key
-from replicator.replica import decode_timeline
+from replicator.replica import Replica, decode_timeline
 from replicator.scheduler import Crew
 from replicator.segment import HEADER_SIZE, read_header
 from replicator.spool import Spool
@@ -55,6 +63,7 @@ class Shipper:
         self._now_ms = now_ms
         self._monotonic = monotonic
         self._guard = threading.Lock()
+        self._proof = threading.Lock()
         self._in_flight: set[SegmentRef] = set()
         self._proving = False
         self._era = 0  # what was begun for a timeline before this one says nothing of it
@@ -69,7 +78,7 @@ class Shipper:
         self.shipped_segments = 0
         self.shipped_bytes = 0
 
-    def kick(self, timeline: Timeline) -> float | None:
+    def kick(self, timeline: Timeline, captured_txid: int) -> float | None:
         """Start what can be started. Seconds until it is worth calling again after a failure, else None."""
         with self._guard:
             if self.diverged is not None:
@@ -78,15 +87,16 @@ class Shipper:
             if wait_s > 0:
                 return wait_s
             waiting = self._spool.waiting()
+            arrived_txid = _arrived(waiting, captured_txid)
             if not waiting and self._proven != timeline.number and not self._proving:
                 self._proving = True
-                self._pool.submit(self._prove, timeline, self._era)
+                self._pool.submit(self._prove, timeline, arrived_txid, self._era)
             for ref in waiting:
                 if len(self._in_flight) >= UPLOADS_AT_ONCE:
                     break
                 if ref not in self._in_flight:
                     self._in_flight.add(ref)
-                    self._pool.submit(self._upload, ref, timeline, self._era)
+                    self._pool.submit(self._upload, ref, timeline, arrived_txid, self._era)
             return None
 
     def durable(self, captured: Position) -> Position | None:
@@ -110,18 +120,18 @@ class Shipper:
 
     # -- in the pool ---------------------------------------------------------------------------------------------------
 
-    def _upload(self, ref: SegmentRef, timeline: Timeline, era: int) -> None:
+    def _upload(self, ref: SegmentRef, timeline: Timeline, arrived_txid: int, era: int) -> None:
         try:
-            self._try(lambda: self._take_to_store(ref, timeline), era)
+            self._try(lambda: self._take_to_store(ref, timeline, arrived_txid), era)
         finally:
             with self._guard:
                 self._in_flight.discard(ref)
             self._changed()
 
-    def _prove(self, timeline: Timeline, era: int) -> None:
+    def _prove(self, timeline: Timeline, arrived_txid: int, era: int) -> None:
         """With nothing to upload, the store is asked all the same, once: somebody may have emptied it."""
         try:
-            if self._try(lambda: self._prove_timeline(timeline), era):
+            if self._try(lambda: self._prove_timeline(timeline, arrived_txid), era):
                 self._unblocked()
         finally:
             self._proving = False
@@ -144,10 +154,9 @@ class Shipper:
             self._failed(StoreError(f"an upload failed: {error!r}"))
         return False
 
-    def _take_to_store(self, ref: SegmentRef, timeline: Timeline) -> None:
+    def _take_to_store(self, ref: SegmentRef, timeline: Timeline, arrived_txid: int) -> None:
         path = self._spool.path(ref)
-        if self._proven != timeline.number:
-            self._prove_timeline(timeline)
+        self._prove_timeline(timeline, arrived_txid)
         try:
             header = read_header(_head(path))
         except (FormatError, FileNotFoundError) as error:
@@ -159,8 +168,18 @@ class Shipper:
         if self._spool.mark_shipped(ref):
             self._succeeded(header.last_commit_ms, ref)
 
-    def _prove_timeline(self, timeline: Timeline) -> None:
-        """Once per timeline and process: the store's record of it is the one that this writer made."""
+    def _prove_timeline(self, timeline: Timeline, arrived_txid: int) -> None:
+        """Once per timeline and process: the store has the record that this writer made, and a chain up to what has arrived there.
+
+        Somebody may have emptied the store, or deleted a part, while nobody looked.
+        """
+        with self._proof:
+            if self._proven != timeline.number:
+                self._prove_record(timeline)
+                self._prove_chain(timeline, arrived_txid)
+                self._proven = timeline.number
+
+    def _prove_record(self, timeline: Timeline) -> None:
         try:
             record = decode_timeline(self._store.get(timeline_key(timeline.number)))
         except ObjectMissing:
@@ -171,7 +190,19 @@ class Shipper:
             raise Diverged(f"{self._store.url}: timeline {timeline.number} cannot be read: {error}") from error
         if record != timeline:
             raise Diverged(f"{self._store.url}: timeline {timeline.number} belongs to {record.writer}")
-        self._proven = timeline.number
+
+    def _prove_chain(self, timeline: Timeline, arrived_txid: int) -> None:
+        if arrived_txid == 0:
+            return
+        replica = Replica(self._store)
+        try:
+            reached = chain.newest(replica.timelines(), replica.segments(), timeline.number).txid
+        except (NothingToRestore, ChainBroken, FormatError) as error:
+            raise Diverged(f"{self._store.url} has lost what was shipped: {error}") from error
+        if reached < arrived_txid:
+            raise Diverged(
+                f"{self._store.url} has lost what was shipped: transactions after {reached} of timeline {timeline.number} are missing"
+            )
 
     def _put(self, ref: SegmentRef, path: Path) -> None:
         try:
@@ -222,6 +253,13 @@ class Shipper:
             if self._monotonic() >= self._not_before:
                 self._not_before = self._monotonic() + self._retry_s
                 self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
+
+
+def _arrived(waiting: Sequence[SegmentRef], captured_txid: int) -> int:
+    """Up to here the store must have everything; 0 when it need have nothing, since a snapshot is the next to come."""
+    if not waiting:
+        return captured_txid
+    return 0 if waiting[0].is_snapshot else waiting[0].first - 1
 
 
 def _head(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """What the replicator keeps on the local disk for one database: the state it captured last, and segments that wait for upload.
 
-Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``spool/``, the only upload queue; ``kept/``,
+Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``forking``, there while a new timeline is being
+begun; ``spool/``, the only upload queue; ``kept/``,
 segments that were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never
 reads a database.
 """
@@ -36,6 +37,7 @@ _MAGIC = b"RPBASE1\n"
 _CHECKSUM_BYTES = 8
 _KEPT_FLOOR_BYTES = 4 * 1024 * 1024
 _KEPT_SEGMENTS = 256
+_FORKING = "forking"
 
 
 class Base(msgspec.Struct, frozen=True):
@@ -131,6 +133,22 @@ class Spool:
             for ref in [ref for ref in self._kept_refs if ref.last <= captured.txid]:
                 (self._kept / ref.file_name).unlink(missing_ok=True)
                 self._kept_refs.remove(ref)
+
+    # -- a timeline that is being begun --------------------------------------------------------------------------------
+
+    @property
+    def forking(self) -> bool:
+        """Whether the record of a new timeline may be in the store: the one before it must not go on then."""
+        return (self.directory / _FORKING).exists()
+
+    def begin_fork(self) -> None:
+        """Before the record is written. Raises OSError."""
+        if not self.forking:
+            durable.write_file(self.directory / _FORKING, b"")
+
+    def end_fork(self) -> None:
+        """The base is of the new timeline now."""
+        (self.directory / _FORKING).unlink(missing_ok=True)
 
     def base_is_due(self, captured: Captured) -> bool:
         """Whether the segments after the base outweigh it, so that a new one is worth its writing."""

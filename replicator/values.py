@@ -13,6 +13,7 @@ from replicator.errors import UsageError
 
 MAX_TXID = 10**16 - 1
 MAX_TIMELINE = 10**8 - 1
+MAX_EPOCH = 2**53 - 1
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _AGE_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -42,7 +43,8 @@ class Timeline:
 
     number: from 1, grows with every timeline of a replica. parent, fork_txid: where it left its parent; both None
     for a timeline that begins with a snapshot of unknown descent. database: 32 hex digits, the same for all timelines
-    of a replica. created_ms: wall clock, UTC milliseconds since 1970; a label, it orders nothing.
+    of a replica. created_ms: wall clock, UTC milliseconds since 1970; a label, it orders nothing. epoch: of the lease
+    under which it was begun, 0 without one: what a writer that has lost its lease begins is never the newest.
     """
 
     number: int
@@ -52,6 +54,7 @@ class Timeline:
     created_ms: int
     writer: str
     reason: str
+    epoch: int = 0
 
 
 def format_time(ms: int) -> str:

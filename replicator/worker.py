@@ -95,14 +95,19 @@ class DatabaseWorker:
         *,
         writer: str,
         now_ms: Callable[[], int],
+        epoch: Callable[[], int] = lambda: 0,
         register: Callable[[], object] = lambda: None,
     ) -> None:
-        """register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError."""
+        """epoch: of the lease that allows a new timeline, 0 without one; raises LeaseLost while there must be none.
+
+        register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
+        """
         self.path = path
         self._store = store
         self._settings = settings
         self._writer = writer
         self._now_ms = now_ms
+        self._epoch = epoch
         self._register = register
         self._spool = Spool(state_directory)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
@@ -210,9 +215,16 @@ class DatabaseWorker:
     def _begin_timeline(self, need: NeedsTimeline) -> None:
         """A record that was written for a try that failed locally is used by the next one."""
         if self._begun is None or self._begun.known is not need.known:
+            epoch = self._epoch()
             self._register()
+            self._spool.begin_fork()
             self._begun = origin.new_timeline(
-                Replica(self._store), need.known, writer=self._writer, reason=need.reason, now_ms=self._now_ms()
+                Replica(self._store),
+                need.known,
+                writer=self._writer,
+                reason=need.reason,
+                now_ms=self._now_ms(),
+                epoch=epoch,
             )
         begun = self._begun
         self._capture.begin_timeline(begun.timeline, begun.txid, begun.known, keep_waiting=begun.known is not None)
@@ -221,8 +233,10 @@ class DatabaseWorker:
         log.info("%s goes on as timeline %d: %s", self.path, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
-        timeline = self._capture.timeline
-        return self._shipper.kick(timeline) if timeline and not self._closed else None
+        timeline, captured = self._capture.timeline, self._capture.position
+        if timeline is None or captured is None or self._closed:
+            return None
+        return self._shipper.kick(timeline, captured.txid)
 
     def _let_go_if_hopeless(self) -> None:
         """While nothing can be captured, the WAL must not grow without end."""

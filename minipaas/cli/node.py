@@ -24,7 +24,6 @@ from minipaas.settings import (
     read_credentials,
     read_settings,
 )
-from replicator import ReplicatorError
 
 data_option = click.option("--data", "data_dir", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA_DIR,
                            envvar="MINIPAAS_DATA", show_default=True, help="Where this node keeps everything.")  # fmt: skip
@@ -148,23 +147,6 @@ def down(data_dir: Path) -> None:
 
     settings = read_settings(data_dir.absolute())
     stop_everything(settings, _wiring(settings), click.echo)
-    _release_bucket(settings)
-
-
-def _release_bucket(settings: Settings) -> None:
-    """So that a recovery elsewhere need not wait to see whether this node is alive."""
-    from minipaas import backups
-    from minipaas.fleet import fleet_lease
-
-    bucket = backups.open_bucket(settings.bucket, _credentials(settings), backups.SHIPPING_PATIENCE_S)
-    lease = fleet_lease(bucket, settings.node_id, settings.node, settings.lease_ttl_s)
-    try:
-        found = lease.look()
-        if found is not None and found[0].holder == settings.node_id:
-            lease.acquire()
-            lease.release()
-    except ReplicatorError as error:
-        click.echo(f"the bucket could not be released, so a recovery will watch it first: {error}", err=True)
 
 
 def _serve(settings: Settings) -> None:
@@ -187,7 +169,7 @@ def _wiring(settings: Settings) -> Any:
     bucket = backups.open_bucket(settings.bucket, credentials)
     shipping = backups.open_bucket(settings.bucket, credentials, backups.SHIPPING_PATIENCE_S)
     return Wiring(
-        backups=lambda settings: backups.BucketBackups(settings, bucket, shipping),
+        backups=lambda settings, epoch: backups.BucketBackups(settings, bucket, shipping, epoch),
         lease=lambda settings, stop: fleet_lease(shipping, settings.node_id, settings.node, settings.lease_ttl_s, stop),
     )
 

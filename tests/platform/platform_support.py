@@ -15,7 +15,7 @@ from minipaas.access import Principal
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine import Container, ContainerSpec, LogLine
 from minipaas.engine.fake import FakeEngine, make_image
-from minipaas.errors import TimedOut
+from minipaas.errors import EngineError, TimedOut
 from minipaas.facts import Facts
 from minipaas.health import Probe
 from minipaas.manifest import parse
@@ -76,6 +76,7 @@ class FakeBackups:
         self.watched: dict[str, Path] = {}
         self.synced: list[str] = []
         self.unreachable = False
+        self.on_sync: Callable[[], None] = lambda: None
         self.lost: dict[str, Mapping[str, bytes]] = {}
 
     @property
@@ -96,11 +97,13 @@ class FakeBackups:
         self.watched.pop(volume_id, None)
 
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
+        self.on_sync()
         if self.unreachable:
             raise TimedOut(f"not everything of {volume_id} is in the bucket")
         self.synced.append(volume_id)
 
     def sync_state(self, timeout_s: float) -> None:
+        self.on_sync()
         if self.unreachable:
             raise TimedOut("not everything of the state is in the bucket")
 
@@ -117,11 +120,15 @@ class FakeBackups:
 
 
 class SoleWriterContainers:
-    """The fake's containers, and a witness: fails when two that run share a volume. runs: what was started, in order."""
+    """The fake's containers, and a witness: fails when two that run share a volume. runs: what was started, in order.
+
+    resisting: name of a container that the engine cannot stop.
+    """
 
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
         self.runs: list[ContainerSpec] = []
+        self.resisting = ""
 
     def run(self, spec: ContainerSpec) -> Container:
         container = self._engine.containers.run(spec)
@@ -136,6 +143,8 @@ class SoleWriterContainers:
         return self._engine.containers.list()
 
     def stop(self, name: str) -> None:
+        if name == self.resisting:
+            raise EngineError(f"{name} does not end")
         self._engine.containers.stop(name)
 
     def remove(self, name: str) -> None:

@@ -84,7 +84,7 @@ class RealNode:
         )  # fmt: skip
         self.settings: Settings = setup(request, MemoryStore(), 1000).settings
         self.backups = FakeBackups()
-        self.wiring = Wiring(backups=lambda settings: self.backups, limits=Limits(healthy_within_s=5.0))
+        self.wiring = Wiring(backups=lambda settings, epoch: self.backups, limits=Limits(healthy_within_s=5.0))
         self.server = Server(self.settings, self.wiring)
 
     def deploy(self, command: str) -> None:

@@ -23,6 +23,7 @@ from minipaas.service import DeployRequest
 from minipaas.settings import Credentials, Settings, read_credentials, read_settings, write_settings
 from minipaas.setup import SetupRequest, setup
 from minipaas.sources import Source
+from replicator import Lease
 from replicator.errors import LeaseHeld, LeaseLost, ReplicatorError, StoreUnavailable
 from replicator.store.memory import MemoryStore
 
@@ -50,7 +51,7 @@ class Host:
     def __init__(self) -> None:
         self.engine, self.edge, self.backups = WatchedEngine(), FakeEdge(), FakeBackups()
         self.wiring = Wiring(
-            backups=lambda settings: self.backups,
+            backups=lambda settings, epoch: self.backups,
             engine=lambda settings: self.engine,
             edge=lambda settings: self.edge,
             prober=FakeProber(self.engine),
@@ -75,6 +76,11 @@ def server(settings: Settings, host: Host) -> Iterator[Server]:
 def deploy_site(server: Server, host: Host) -> None:
     host.engine.images.remote["site"] = make_image([bytes(1024)])
     server.platform.deploy(OWNER, "site", DeployRequest(Source(kind="image", ref="site"), SITE))
+
+
+def deploy_guestbook(server: Server, host: Host) -> None:
+    host.engine.images.remote["guestbook"] = make_image([bytes(1024)])
+    server.platform.deploy(OWNER, "guestbook", DeployRequest(Source(kind="image", ref="guestbook"), GUESTBOOK))
 
 
 # -- setup
@@ -225,6 +231,12 @@ class FakeLease:
             raise answer
         return 1
 
+    def token(self) -> int:
+        return 1
+
+    def release(self) -> None:
+        self.released = True
+
     def keep(self, on_lost: Callable[[ReplicatorError], None]) -> None:
         while not self._leaving.wait(0.01):
             if self._lost.is_set():
@@ -257,7 +269,70 @@ def test_a_node_that_loses_its_fleet_ends_and_stops_its_apps(settings: Settings,
     deploy_site(server, host)
     lost.set()
     assert server.ended.wait(5)
-    server.stop()
-    server.fence()
+    assert "the apps and the edge of this node have ended" in server.stop()
     assert "node b has it now" in server.lost
     assert (host.engine.running(), host.edge.started) == ([], False)
+
+
+def test_a_node_that_has_lost_its_fleet_stays_so_even_when_the_bucket_cannot_be_asked(
+    settings: Settings, host: Host
+) -> None:
+    lost = threading.Event()
+    server = Server(settings, with_lease(host, [], lost))
+    server.start()
+    lost.set()
+    assert server.ended.wait(5)
+    server.stop()
+    host.edge.start()
+    with pytest.raises(FleetHeld, match="node b has it now"):
+        Server(settings, with_lease(host, [StoreUnavailable("away")] * 9, threading.Event())).start()
+    assert not host.edge.started
+
+
+def test_a_lost_node_ends_its_apps_before_it_ships(settings: Settings, host: Host) -> None:
+    lost = threading.Event()
+    server = Server(settings, with_lease(host, [], lost))
+    server.start()
+    deploy_site(server, host)
+    running: list[int] = []
+    host.backups.on_sync = lambda: running.append(len(host.engine.running()))
+    lost.set()
+    assert server.ended.wait(5)
+    server.stop()
+    assert running and set(running) == {0}
+
+
+def test_a_container_that_resists_the_fence_keeps_no_other_running(settings: Settings, host: Host) -> None:
+    lost = threading.Event()
+    server = Server(settings, with_lease(host, [], lost))
+    server.start()
+    deploy_site(server, host)
+    deploy_guestbook(server, host)
+    stubborn = min(container.name for container in host.engine.running())
+    host.engine.witness.resisting = stubborn
+    lost.set()
+    assert server.ended.wait(5)
+    sentences = server.stop()
+    assert any(f"container {stubborn} could NOT be stopped" in sentence for sentence in sentences)
+    assert [container.name for container in host.engine.running()] == [stubborn]
+
+
+def test_a_node_without_the_bucket_has_no_token_for_new_timelines(settings: Settings, host: Host) -> None:
+    tokens: list[Callable[[], int]] = []
+
+    def backups(_: Settings, epoch: Callable[[], int]) -> FakeBackups:
+        tokens.append(epoch)
+        return host.backups
+
+    store = MemoryStore()
+    lease = Lease(store, "lease", holder="a", label="node a")
+    wiring = replace(host.wiring, backups=backups, lease=lambda settings, leaving: lease)
+    server = Server(settings, wiring)
+    server.start()
+    assert tokens[0]() == 1
+    Lease(store, "lease", holder="b", label="node b").acquire(take_over=True)
+    with pytest.raises(LeaseLost):
+        lease.renew()
+    with pytest.raises(LeaseLost):
+        tokens[0]()
+    server.stop()

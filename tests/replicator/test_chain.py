@@ -15,8 +15,8 @@ from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.values import Position, Timeline
 
 
-def record(number: int, parent: int | None = None, fork: int | None = None) -> Timeline:
-    return Timeline(number, "0" * 32, parent, fork, 0, "test", "test")
+def record(number: int, parent: int | None = None, fork: int | None = None, epoch: int = 0) -> Timeline:
+    return Timeline(number, "0" * 32, parent, fork, 0, "test", "test", epoch)
 
 
 def records(*timelines: Timeline) -> dict[int, Timeline]:
@@ -143,6 +143,22 @@ def test_newest_is_the_end_of_the_unbroken_part_of_the_last_timeline() -> None:
 def test_a_timeline_without_segments_is_at_its_fork() -> None:
     timelines = records(record(1), record(2, 1, 3))
     assert newest(timelines, [snap(1, 1), *(seg(1, n) for n in range(2, 9))]) == Position(2, 3)
+
+
+def test_a_timeline_whose_parent_was_not_shipped_up_to_the_fork_is_at_the_last_that_was() -> None:
+    timelines = records(record(1), record(2, 1, 3), record(3, 2, 6))
+    assert newest(timelines, [snap(1, 1), seg(1, 2)]) == Position(1, 2)
+    assert newest(timelines, [snap(1, 1), seg(1, 2), seg(2, 4)]) == Position(1, 2)
+    assert newest(timelines, [snap(1, 1), seg(1, 2), seg(1, 3), seg(2, 4)]) == Position(2, 4)
+
+
+def test_the_newest_timeline_is_that_of_the_highest_epoch_whatever_its_number() -> None:
+    timelines = records(record(1, epoch=1), record(2, 1, 1, epoch=2), record(3, 1, 1, epoch=1))
+    assert newest(timelines, [snap(1, 1), seg(2, 2), seg(3, 2), seg(3, 3)]) == Position(2, 2)
+
+
+def test_a_timeline_whose_record_is_missing_counts_as_of_the_epoch_before_it() -> None:
+    assert newest(records(record(1, epoch=5)), [snap(1, 1), snap(2, 4)]) == Position(2, 4)
 
 
 def test_a_timeline_without_descent_and_segments_does_not_hide_the_one_before() -> None:

@@ -1,0 +1,164 @@
+"""Claims about who may write a replica: timelines that were begun and never used, lost leases, lost segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import apsw
+from ledger_support import restored_rows, wait_for
+
+from replicator import origin
+from replicator.errors import LeaseLost
+from replicator.layout import SEGMENTS, TIMELINES
+from replicator.replica import Replica
+from replicator.restore import RestoreOptions, restore
+from replicator.restored import mark_restored
+from replicator.service import Replicator
+from replicator.spool import Spool
+from replicator.store.memory import MemoryStore
+from replicator.worker import Protection, WorkerSettings
+
+AT_ONCE = WorkerSettings(interval_s=0.0)
+
+
+class Ledger:
+    """A database with numbered rows, and its writer's local state."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.path, self.state = directory / "app.db", directory / "state"
+        self.connection = apsw.Connection(str(self.path))
+        self.connection.execute("PRAGMA journal_mode=wal").fetchall()
+        self.connection.execute("CREATE TABLE IF NOT EXISTS ledger (id INTEGER PRIMARY KEY, body)")
+
+    def add_rows(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.connection.execute("INSERT INTO ledger(body) VALUES ('x')")
+
+    def replicate(self, store: MemoryStore, epoch: Callable[[], int] = lambda: 0) -> Replicator:
+        replicator = Replicator(sweep_s=3600, epoch=epoch)
+        replicator.start()
+        replicator.add(self.path, store, state=self.state, settings=AT_ONCE)
+        return replicator
+
+    def ship(self, store: MemoryStore, epoch: int = 0) -> None:
+        """Until all that is committed is durable; the replicator has stopped then."""
+        replicator = self.replicate(store, lambda: epoch)
+        try:
+            replicator.sync(self.path, 20)
+        finally:
+            replicator.stop()
+
+
+def timelines(store: MemoryStore) -> list[int]:
+    return sorted(Replica(store).timelines())
+
+
+def test_a_writer_killed_after_it_wrote_a_timeline_record_never_goes_on_in_the_timeline_before(tmp_path: Path) -> None:
+    ledger, store = Ledger(tmp_path / "a"), MemoryStore()
+    ledger.add_rows(3)
+    ledger.ship(store)
+    spool = Spool(ledger.state)
+    spool.begin_fork()
+    origin.new_timeline(Replica(store), spool.load(), writer="test", reason="killed after this", now_ms=1)
+    spool.close()
+    ledger.add_rows(2)
+    ledger.ship(store)
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
+    assert timelines(store) == [1, 2, 3]
+
+
+def test_a_timeline_that_is_in_use_is_not_begun_again(tmp_path: Path) -> None:
+    ledger, store = Ledger(tmp_path / "a"), MemoryStore()
+    for _ in range(3):
+        ledger.add_rows(1)
+        ledger.ship(store)
+    assert timelines(store) == [1]
+
+
+def test_what_a_writer_with_an_old_lease_begins_late_is_never_the_newest(tmp_path: Path) -> None:
+    a, store = Ledger(tmp_path / "a"), MemoryStore()
+    a.add_rows(3)
+    a.ship(store, epoch=1)
+    (tmp_path / "b").mkdir()
+    report = restore(store, tmp_path / "b" / "app.db")
+    mark_restored(tmp_path / "b" / "state", report, Replica(store).timelines()[1])
+    b = Ledger(tmp_path / "b")
+    b.add_rows(2)
+    b.ship(store, epoch=2)
+    a.add_rows(4)
+    spool = Spool(a.state)
+    spool.begin_fork()  # whatever makes it take a new timeline
+    spool.close()
+    a.ship(store, epoch=1)
+    assert timelines(store) == [1, 2, 3]
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
+    assert len(rows_of(store, tmp_path / "tail.db", timeline=3)) == 7
+
+
+def rows_of(store: MemoryStore, target: Path, timeline: int) -> list[int]:
+    restore(store, target, RestoreOptions(timeline=timeline))
+    connection = apsw.Connection(str(target))
+    try:
+        return [int(row[0]) for row in connection.execute("SELECT id FROM ledger ORDER BY id")]
+    finally:
+        connection.close()
+
+
+def test_without_the_lease_no_timeline_is_begun_and_the_status_says_so(tmp_path: Path) -> None:
+    ledger, store = Ledger(tmp_path / "a"), MemoryStore()
+    ledger.add_rows(3)
+    right: list[int] = []
+
+    def epoch() -> int:
+        if not right:
+            raise LeaseLost("the lease fleet/lease.json is not held")
+        return right[0]
+
+    replicator = ledger.replicate(store, epoch)
+    try:
+        wait_for(lambda: replicator.status()[0].protection is Protection.NOT_PROTECTED)
+        assert "fleet/lease.json is not held" in replicator.status()[0].reason
+        assert list(store.list()) == []
+        right.append(7)
+        replicator.sync(ledger.path, 20)
+        assert Replica(store).timelines()[1].epoch == 7
+    finally:
+        replicator.stop()
+
+
+def test_segments_that_vanished_from_the_store_meanwhile_are_noticed_at_the_start(tmp_path: Path) -> None:
+    for number, lost in enumerate((slice(0, 1), slice(1, 2), slice(-1, None), slice(None))):
+        ledger, store = Ledger(tmp_path / f"a{number}"), MemoryStore()
+        for _ in range(3):
+            ledger.add_rows(1)
+            ledger.ship(store)
+        keys = [info.key for info in store.list(SEGMENTS)]
+        store.delete(keys[lost])
+        replicator = ledger.replicate(store)
+        try:
+            wait_for(partial(is_protected, replicator))
+        finally:
+            replicator.stop()
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        assert restored_rows(store, out) == [1, 2, 3]
+        assert timelines(store) == [1, 2]
+
+
+def is_protected(replicator: Replicator) -> bool:
+    return replicator.status()[0].protection is Protection.PROTECTED
+
+
+def test_the_record_of_a_timeline_is_proven_with_few_requests(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+    store = MemoryStore(before=lambda operation, key: asked.append((operation, key)))
+    ledger = Ledger(tmp_path / "a")
+    ledger.add_rows(3)
+    ledger.ship(store)
+    asked.clear()
+    ledger.ship(store)
+    lists = [key for operation, key in asked if operation == "list"]
+    assert sorted(lists) == [SEGMENTS, TIMELINES]
