@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,8 +42,11 @@ def make_dirs(folder: Path, mode: int = 0o700) -> None:
     fsync_dir(folder.parent)
 
 
-def write_temporary(folder: Path, data: bytes | Path, mode: int = 0o600) -> Path:
-    """A new file in ``folder``, on disk, with the bytes or the content of the file at the path. The caller renames it."""
+def write_temporary(folder: Path, data: bytes | Path | Iterator[bytes], mode: int = 0o600) -> Path:
+    """A new file in ``folder``, on disk, with the bytes, the pieces, or the content of the file at the path.
+
+    The caller renames it. What the pieces raise leaves no file behind.
+    """
     path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -85,11 +88,12 @@ def remove_stale_temporary(path: Path, now: Callable[[], float] = time.time) -> 
     return False
 
 
-def _fill(descriptor: int, data: bytes | Path) -> None:
+def _fill(descriptor: int, data: bytes | Path | Iterator[bytes]) -> None:
     if isinstance(data, Path):
         with data.open("rb") as source, open(descriptor, "wb", closefd=False) as target:
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
         return
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    for piece in (data,) if isinstance(data, bytes) else data:
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]

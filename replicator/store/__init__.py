@@ -8,7 +8,7 @@ the same protocol: ``retry``, ``measure``. Keys are relative to the store's pref
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,21 @@ class ObjectInfo:
     etag: str
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A body that is made while it is sent, so that it is nowhere as a whole.
+
+    chunks: begins it anew, and gives the same bytes each time; what it raises ends the put, and nothing is stored.
+    expected_bytes: about how long it is, for the size of the parts in which it is sent.
+    """
+
+    chunks: Callable[[], Iterator[bytes]]
+    expected_bytes: int
+
+
+Body = bytes | Path | Stream
+
+
 class ObjectStore(Protocol):
     """Immutable-minded object storage. Every call has a time-out and raises only StoreError and its subclasses."""
 
@@ -69,10 +84,8 @@ class ObjectStore(Protocol):
         """Where it is, without credentials; for messages."""
         ...
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
-        """Store ``body`` (bytes, or the file at a path) atomically: a reader sees all of it or nothing.
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+        """Store ``body`` (bytes, the file at a path, or a stream) atomically: a reader sees all of it or nothing.
 
         if_none_match: only if no object has this key. if_match: only if the object there has this etag.
         Raises PreconditionFailed when the condition does not hold.

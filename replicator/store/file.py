@@ -17,7 +17,7 @@ from pathlib import Path
 
 from replicator import durable
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreDenied, StoreError, StoreUnavailable
-from replicator.store import ObjectInfo, check_key, check_prefix, is_key, joined
+from replicator.store import Body, ObjectInfo, Stream, check_key, check_prefix, is_key, joined
 
 LOCK_NAME = "~lock"
 LOCK_TIMEOUT_S = 10.0
@@ -42,9 +42,7 @@ class FileStore:
     def url(self) -> str:
         return f"file://{self._root}/{self._prefix}".rstrip("/")
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
         path = self._path(key)
         with _translated("write", path):
             temporary = self._write_temporary(path.parent, _openable(body))
@@ -95,11 +93,11 @@ class FileStore:
     def _path(self, key: str) -> Path:
         return self._root / f"{self._prefix}{check_key(key)}"
 
-    def _write_temporary(self, folder: Path, body: bytes | Path) -> Path:
+    def _write_temporary(self, folder: Path, body: Body) -> Path:
         while True:
             durable.make_dirs(folder)
             try:
-                return durable.write_temporary(folder, body)
+                return durable.write_temporary(folder, body.chunks() if isinstance(body, Stream) else body)
             except FileNotFoundError:
                 # A delete removed the folder as empty in between; one that holds a temporary file is not empty.
                 if folder.is_dir():
@@ -229,7 +227,7 @@ def _read_range(descriptor: int, start: int, length: int) -> bytes:
     return b"".join(chunks)
 
 
-def _openable(body: bytes | Path) -> bytes | Path:
+def _openable(body: Body) -> Body:
     """The body itself. Raises StoreError, so that a body that is missing is not taken for a failure of the store."""
     if isinstance(body, Path):
         try:

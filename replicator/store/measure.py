@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from replicator.errors import (
     BucketMissing,
@@ -20,7 +19,7 @@ from replicator.errors import (
     StoreError,
     StoreUnavailable,
 )
-from replicator.store import ObjectInfo, ObjectStore
+from replicator.store import Body, ObjectInfo, ObjectStore
 
 OUTCOMES: dict[type[StoreError], str] = {
     StoreUnavailable: "unavailable",
@@ -118,9 +117,7 @@ class MeasuredStore:
     def url(self) -> str:
         return self._inner.url
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
         with self._meter.measuring("put") as call:
             info = self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match)
             call.sent_bytes = info.size_bytes

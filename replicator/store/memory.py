@@ -9,10 +9,9 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreError
-from replicator.store import ObjectInfo, check_key, check_prefix, joined
+from replicator.store import Body, ObjectInfo, Stream, check_key, check_prefix, joined
 
 Hook = Callable[[str, str], None]
 
@@ -74,9 +73,7 @@ class MemoryStore:
         with self._shared.lock:
             self._shared.faults.append(_Fault(operation, error, times, after))
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
         full = self._begin("put", key)
         data = _read(body)
         with self._shared.lock:
@@ -150,9 +147,11 @@ class MemoryStore:
                     raise fault.error
 
 
-def _read(body: bytes | Path) -> bytes:
+def _read(body: Body) -> bytes:
     if isinstance(body, bytes):
         return body
+    if isinstance(body, Stream):
+        return b"".join(body.chunks())
     try:
         return body.read_bytes()
     except OSError as error:

@@ -1,18 +1,23 @@
-"""A large file sent to S3 in parts, several at a time, in bounded memory.
+"""A large file, or a stream, sent to S3 in parts, several at a time, in bounded memory.
 
-Owns the order of the calls and the cutting of the file. Never speaks to a server itself, never shows a part as an object.
+Owns the order of the calls and the cutting into parts. Never speaks to a server itself, never shows a part as an object.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreError
+from replicator.store import Stream
 from replicator.store.retry import Retrying
 
 MAX_PARTS = 10_000
@@ -20,11 +25,16 @@ MAX_PARTS = 10_000
 
 @dataclass(frozen=True)
 class Multipart:
-    """When and how a file is sent in parts. part_bytes: at least 5 MiB on AWS; more where 10,000 parts are too few."""
+    """When and how a file is sent in parts. part_bytes: at least 5 MiB on AWS; more where 10,000 parts are too few.
+
+    streamed_part_bytes, streamed: the size of the parts of a stream, which are held in memory, and how many at a time.
+    """
 
     threshold_bytes: int = 64 << 20
     part_bytes: int = 16 << 20
     parallel: int = 4
+    streamed_part_bytes: int = 8 << 20
+    streamed: int = 2
 
 
 class Bucket(Protocol):
@@ -41,31 +51,25 @@ class Bucket(Protocol):
     def url(self, key: str) -> str: ...
 
 
-class Upload:
-    """One file sent in parts: all of it appears at once, when the last call succeeds, or nothing does.
+class _Upload:
+    """One object sent in parts: all of it appears at once, when the last call succeeds, or nothing does.
 
     The server judges the condition in that call. SeaweedFS (4.48) judges and stores in two steps there, so that of writers
     who finish at the same moment more than one may be told that it won. What decides who may write (a lease) is small,
     goes in one request, and is judged in one step.
     """
 
-    def __init__(
-        self, bucket: Bucket, key: str, descriptor: int, size_bytes: int, multipart: Multipart, retrying: Retrying
-    ) -> None:
+    def __init__(self, bucket: Bucket, key: str, retrying: Retrying) -> None:
         self._bucket = bucket
         self._key = key
-        self._descriptor = descriptor
-        self._size_bytes = size_bytes
-        self._part_bytes = max(multipart.part_bytes, -(-size_bytes // MAX_PARTS))
-        self._parallel = multipart.parallel
         self._retrying = retrying
 
-    def run(self, condition: dict[str, str]) -> str:
-        """The etag of the whole."""
+    def _send_parts(self, bodies: Iterator[Callable[[], Any]], parallel: int, condition: dict[str, str]) -> str:
+        """The etag of the whole. bodies: of the parts in order, each made anew for every attempt to send it."""
         self._refuse_early(condition)
         upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key)["UploadId"]}
         try:
-            parts = {"Parts": self._send_all(upload)}
+            parts = {"Parts": self._send_all(bodies, parallel, upload)}
             return self._bucket.store(
                 "complete_multipart_upload", self._key, MultipartUpload=parts, **upload, **condition
             )
@@ -88,29 +92,88 @@ class Upload:
         if "IfNoneMatch" in condition or condition["IfMatch"] != quoted(etag):
             raise PreconditionFailed(f"{self._bucket.url(self._key)} exists already or has changed")
 
-    def _send_all(self, upload: dict[str, str]) -> list[dict[str, Any]]:
-        numbers = range(1, -(-self._size_bytes // self._part_bytes) + 1)
-        with ThreadPoolExecutor(self._parallel, thread_name_prefix="s3-part") as pool:
-            futures = [pool.submit(self._send_part, number, upload) for number in numbers]
+    def _send_all(
+        self, bodies: Iterator[Callable[[], Any]], parallel: int, upload: dict[str, str]
+    ) -> list[dict[str, Any]]:
+        """At most ``parallel`` parts under way; the next body is taken when one has arrived."""
+        sent: list[dict[str, Any]] = []
+        running: deque[Future[dict[str, Any]]] = deque()
+        with ThreadPoolExecutor(parallel, thread_name_prefix="s3-part") as pool:
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
+                for number, body in enumerate(bodies, 1):
+                    running.append(pool.submit(self._send_part, number, body, upload))
+                    if len(running) >= parallel:
+                        sent.append(running.popleft().result())
+                sent += [future.result() for future in running]
             finally:
-                for future in futures:
+                for future in running:
                     future.cancel()
-            for future in futures:
-                if not future.cancelled() and (error := future.exception()) is not None:
-                    raise error
-            return [future.result() for future in futures]
+        return sent
 
-    def _send_part(self, number: int, upload: dict[str, str]) -> dict[str, Any]:
-        offset = (number - 1) * self._part_bytes
-        length = min(self._part_bytes, self._size_bytes - offset)
-
+    def _send_part(self, number: int, body: Callable[[], Any], upload: dict[str, str]) -> dict[str, Any]:
         def attempt() -> str:
-            body = _FileSlice(self._descriptor, offset, length)
-            return quoted(self._bucket.store("upload_part", self._key, PartNumber=number, Body=body, **upload))
+            return quoted(self._bucket.store("upload_part", self._key, PartNumber=number, Body=body(), **upload))
 
         return {"PartNumber": number, "ETag": self._retrying.run(attempt)}
+
+
+class FileUpload(_Upload):
+    """An open file."""
+
+    def __init__(
+        self, bucket: Bucket, key: str, descriptor: int, size_bytes: int, multipart: Multipart, retrying: Retrying
+    ) -> None:
+        super().__init__(bucket, key, retrying)
+        self._descriptor = descriptor
+        self._size_bytes = size_bytes
+        self._part_bytes = max(multipart.part_bytes, -(-size_bytes // MAX_PARTS))
+        self._parallel = multipart.parallel
+
+    def run(self, condition: dict[str, str]) -> tuple[str, int]:
+        """The etag and the size of the whole."""
+        return self._send_parts(self._slices(), self._parallel, condition), self._size_bytes
+
+    def _slices(self) -> Iterator[Callable[[], Any]]:
+        for offset in range(0, self._size_bytes, self._part_bytes):
+            length = min(self._part_bytes, self._size_bytes - offset)
+            yield partial(_FileSlice, self._descriptor, offset, length)
+
+
+class StreamUpload(_Upload):
+    """A stream: in one request if it is short, else in parts. In memory are ``streamed`` parts and the one that is filled."""
+
+    def __init__(self, bucket: Bucket, key: str, stream: Stream, multipart: Multipart, retrying: Retrying) -> None:
+        super().__init__(bucket, key, retrying)
+        # The length is not known: with parts of twice what is expected to be needed there are never too many.
+        self._part_bytes = max(multipart.streamed_part_bytes, 2 * stream.expected_bytes // MAX_PARTS)
+        self._parallel = multipart.streamed
+        self._chunks = stream.chunks()
+        self._size_bytes = 0
+
+    def run(self, condition: dict[str, str]) -> tuple[str, int]:
+        """The etag and the size of the whole. Raises what the stream raises, and nothing is stored."""
+        parts = self._parts()
+        first = next(parts, b"")
+        if len(first) < self._part_bytes:
+            return self._bucket.store("put_object", self._key, Body=first, **condition), self._size_bytes
+        bodies = (partial(_itself, part) for part in chain([first], parts))
+        return self._send_parts(bodies, self._parallel, condition), self._size_bytes
+
+    def _parts(self) -> Iterator[bytes]:
+        """All of the same size but the last, which some servers insist on."""
+        part = bytearray()
+        for chunk in self._chunks:
+            self._size_bytes += len(chunk)
+            part += chunk
+            while len(part) >= self._part_bytes:
+                yield bytes(memoryview(part)[: self._part_bytes])
+                del part[: self._part_bytes]
+        if part:
+            yield bytes(part)
+
+
+def _itself(body: bytes) -> bytes:
+    return body
 
 
 class _FileSlice(io.RawIOBase):

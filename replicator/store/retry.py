@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreError, StoreUnavailable
-from replicator.store import ObjectInfo, ObjectStore
+from replicator.store import Body, ObjectInfo, ObjectStore, Stream
 
 _COMPARE_BYTES = 8 << 20
 
@@ -82,9 +82,7 @@ class RetryStore:
     def url(self) -> str:
         return self._inner.url
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
         def attempt(number: int) -> ObjectInfo:
             try:
                 return self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match)
@@ -123,17 +121,30 @@ class RetryStore:
     def sub(self, prefix: str) -> RetryStore:
         return RetryStore(self._inner.sub(prefix), self._retrying)
 
-    def _find_written(self, key: str, body: bytes | Path) -> ObjectInfo | None:
+    def _find_written(self, key: str, body: Body) -> ObjectInfo | None:
         """What is stored at ``key``, if its content is ``body``. Raises StoreUnavailable: the put is then tried again."""
         try:
             info = self._inner.head(key)
-            same = self._equals_file(info, body) if isinstance(body, Path) else self._equals_bytes(info, body)
+            if isinstance(body, Path):
+                same = self._equals_file(info, body)
+            elif isinstance(body, Stream):
+                same = self._equals_stream(info, body)
+            else:
+                same = self._equals_bytes(info, body)
         except ObjectMissing:
             return None
         return info if same else None
 
     def _equals_bytes(self, info: ObjectInfo, body: bytes) -> bool:
         return info.size_bytes == len(body) and self._inner.get(info.key) == body
+
+    def _equals_stream(self, info: ObjectInfo, body: Stream) -> bool:
+        offset = 0
+        for chunk in body.chunks():
+            if chunk != self._inner.get(info.key, offset=offset, length=len(chunk)):
+                return False
+            offset += len(chunk)
+        return offset == info.size_bytes
 
     def _equals_file(self, info: ObjectInfo, path: Path) -> bool:
         try:

@@ -33,8 +33,8 @@ from replicator.errors import (
     StoreUnavailable,
     UsageError,
 )
-from replicator.store import ObjectInfo, check_key, check_prefix, is_key, joined
-from replicator.store.multipart import Multipart, Upload, etag_of, quoted
+from replicator.store import Body, ObjectInfo, Stream, check_key, check_prefix, is_key, joined
+from replicator.store.multipart import FileUpload, Multipart, StreamUpload, etag_of, quoted
 from replicator.store.retry import Retrying
 
 KEYS_PER_DELETE = 1000
@@ -109,9 +109,7 @@ class S3Store:
     def url(self) -> str:
         return self._bucket.url(self._prefix.rstrip("/"))
 
-    def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> ObjectInfo:
+    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
         full = self._full(key)
         condition = _condition(if_none_match, if_match)
         try:
@@ -163,15 +161,17 @@ class S3Store:
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _send(self, full: str, body: bytes | Path, condition: dict[str, str]) -> tuple[str, int]:
+    def _send(self, full: str, body: Body, condition: dict[str, str]) -> tuple[str, int]:
         """Etag and size."""
         if isinstance(body, bytes):
             return self._bucket.store("put_object", full, Body=body, **condition), len(body)
+        if isinstance(body, Stream):
+            return StreamUpload(self._bucket, full, body, self._multipart, self._part_retrying).run(condition)
         with _open(body) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes > self._multipart.threshold_bytes:
-                upload = Upload(self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying)
-                return upload.run(condition), size_bytes
+                upload = FileUpload(self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying)
+                return upload.run(condition)
             return self._bucket.store("put_object", full, Body=file, **condition), size_bytes
 
 

@@ -13,14 +13,14 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from replicator.errors import ObjectMissing, PreconditionFailed, StoreError
-from replicator.store import ObjectInfo, ObjectStore
+from replicator.errors import ObjectMissing, PreconditionFailed, StateMismatch, StoreError
+from replicator.store import ObjectInfo, ObjectStore, Stream
 from replicator.store.file import FileStore
 from replicator.store.memory import MemoryStore
 from replicator.store.multipart import Multipart
 from replicator.store.s3 import S3Access, S3Store
 
-SMALL_PARTS = Multipart(threshold_bytes=5 << 20, part_bytes=5 << 20, parallel=2)
+SMALL_PARTS = Multipart(threshold_bytes=5 << 20, part_bytes=5 << 20, parallel=2, streamed_part_bytes=5 << 20)
 
 KINDS = ["memory", "file", "moto", pytest.param("seaweed", marks=pytest.mark.real)]
 
@@ -388,3 +388,38 @@ def test_many_threads_share_one_store(store: ObjectStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(64)))
     assert len(keys(store, "t/")) == 64
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def stream_of(*chunks: bytes) -> Stream:
+    return Stream(lambda: iter(chunks), sum(map(len, chunks)))
+
+
+def test_a_stream_is_stored_as_one_object(store: ObjectStore) -> None:
+    info = store.put("stream", stream_of(b"one ", b"", b"two"), if_none_match=True)
+    assert (info.size_bytes, store.get("stream")) == (7, b"one two")
+    with pytest.raises(PreconditionFailed):
+        store.put("stream", stream_of(b"other"), if_none_match=True)
+    assert store.put("empty-stream", stream_of()).size_bytes == len(store.get("empty-stream")) == 0
+
+
+def test_a_stream_of_several_parts_is_stored_once_under_its_condition(store: ObjectStore) -> None:
+    chunks = [os.urandom(700_001) for _ in range(17)]
+    info = store.put("stream", stream_of(*chunks), if_none_match=True)
+    assert info.size_bytes == sum(map(len, chunks))
+    assert store.get("stream") == b"".join(chunks)
+    with pytest.raises(PreconditionFailed):
+        store.put("stream", stream_of(*chunks), if_none_match=True)
+
+
+@pytest.mark.parametrize("pieces", [1, 17])
+def test_of_a_stream_that_breaks_off_nothing_is_stored(store: ObjectStore, pieces: int) -> None:
+    def broken() -> Iterator[bytes]:
+        yield from (bytes(700_001) for _ in range(pieces))
+        raise StateMismatch("it broke off")
+
+    with pytest.raises(StateMismatch):
+        store.put("stream", Stream(broken, 700_001 * pieces), if_none_match=True)
+    assert keys(store) == []

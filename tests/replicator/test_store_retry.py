@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreDenied, StoreUnavailable
+from replicator.store import Stream
 from replicator.store.memory import MemoryStore
 from replicator.store.retry import Retrying, RetryStore
 
@@ -196,3 +197,18 @@ def test_below_a_prefix_the_same_rules_hold() -> None:
     inner.fail_next("put", DOWN, after=True)
     RetryStore(inner, retrying(Clock())).sub("a/b").put("key", b"x", if_none_match=True)
     assert inner.get("a/b/key") == b"x"
+
+
+def test_a_stream_is_begun_anew_for_each_attempt_and_recognised_when_its_answer_was_lost() -> None:
+    inner, clock = MemoryStore(), Clock()
+    store = RetryStore(inner, retrying(clock))
+    stream = Stream(lambda: iter([b"one ", b"two"]), 7)
+    inner.fail_next("put", DOWN)
+    store.put("begun-twice", stream, if_none_match=True)
+    assert inner.get("begun-twice") == b"one two"
+    inner.fail_next("put", DOWN, after=True)
+    assert store.put("lost-answer", stream, if_none_match=True).size_bytes == 7
+    inner.put("taken", b"one tw0")
+    inner.fail_next("put", DOWN)
+    with pytest.raises(PreconditionFailed):
+        store.put("taken", stream, if_none_match=True)
