@@ -110,6 +110,12 @@ def newest(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], ti
     raise NothingToRestore("the replica holds no segment; check the URL, or let the first snapshot be shipped")
 
 
+def newer_than(timelines: Mapping[int, Timeline], number: int) -> list[Timeline]:
+    """The timelines that were begun after ``number``, in the sense of ``newest``: any of them means that it was left."""
+    order = _newest_first(timelines, timelines)
+    return [timelines[n] for n in order[: order.index(number)]] if number in timelines else list(timelines.values())
+
+
 def _newest_first(timelines: Mapping[int, Timeline], numbers: Iterable[int]) -> list[int]:
     """By epoch, then by number. One whose record is missing counts as begun under the epoch of those before it."""
     ages: list[tuple[int, int]] = []
@@ -217,6 +223,129 @@ def _ranges(refs: Sequence[SegmentRef]) -> tuple[TxidRange, ...]:
         ranges.append(TxidRange(ranges.pop().first if open_bridges else txid, txid))
         open_bridges += bridges[i]
     return tuple(ranges)
+
+
+# -- what may be deleted -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What must stay restorable on the path of ``timeline``, from the state at ``txid`` to its end.
+
+    From ``fine_txid`` on that is every position at which a segment ends now; before it, every position at which a segment of the
+    highest level ends. 0 for everything.
+    """
+
+    timeline: int
+    txid: int
+    fine_txid: int
+
+
+def deletable(
+    timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], promises: Iterable[Promise]
+) -> dict[SegmentRef, frozenset[SegmentRef]]:
+    """The segments that no promise needs, each with those that replace it and must be known to be whole before it is deleted.
+
+    A segment is needed on a path unless a longer one of its level or a higher one covers it, and the finest positions are not
+    promised there, or unless it lies before the snapshot with which the path begins. What crosses a fork covers nothing for
+    the child. Segments that nothing can be restored with yet, but that belong to a promised path, are kept; so are those of
+    timelines whose record is missing.
+    """
+    known = list(segments)
+    replaced: dict[SegmentRef, set[SegmentRef]] = {
+        ref: set() for ref in known if ref.timeline in timelines and _belongs(timelines, ref)
+    }
+    for promise in promises:
+        for ref, by in _replaced(timelines, known, promise).items():
+            if ref in replaced:
+                if by is None:
+                    del replaced[ref]
+                else:
+                    replaced[ref].add(by)
+    return {ref: frozenset(by) for ref, by in replaced.items()}
+
+
+def _replaced(
+    timelines: Mapping[int, Timeline], known: Sequence[SegmentRef], promise: Promise
+) -> dict[SegmentRef, SegmentRef | None]:
+    """Of each segment on the promised path, what replaces it there; None when it is needed."""
+    own_end = max((ref.last for ref in known if ref.timeline == promise.timeline), default=0)
+    end = Position(promise.timeline, max(own_end, _fork_of(timelines, promise.timeline)))
+    usable = _usable(timelines, known, _path(timelines, end))
+    found: dict[SegmentRef, SegmentRef | None] = dict.fromkeys(usable)
+    by_timeline: dict[int, list[SegmentRef]] = {}
+    for ref in usable:
+        if not ref.is_snapshot:
+            by_timeline.setdefault(ref.timeline, []).append(ref)
+    for increments in by_timeline.values():
+        found.update(_covered(increments, promise.fine_txid))
+    kept = [ref for ref, by in found.items() if by is None]
+    base = _base(timelines, kept, end, promise.txid)
+    if base is not None:
+        found.update({ref: base for ref in usable if ref.last <= base.last and ref != base})
+    return found
+
+
+def _base(timelines: Mapping[int, Timeline], kept: Sequence[SegmentRef], end: Position, txid: int) -> SegmentRef | None:
+    """The snapshot from which the last position at or before ``txid`` that can be restored with ``kept`` is reached."""
+    reached = [ref.last for part in stops(timelines, kept, end.timeline) for ref in part if ref.last <= txid]
+    snapshots = (ref for ref in kept if ref.is_snapshot and reached and ref.last <= max(reached))
+    return max(snapshots, key=lambda ref: (ref.last, ref.timeline), default=None)
+
+
+def _covered(increments: Sequence[SegmentRef], fine_txid: int) -> dict[SegmentRef, SegmentRef]:
+    """Of the increments of one timeline those that can go, each with the longest that covers it.
+
+    Where the finest positions are promised, a merged segment goes only if shorter ones that stay lead through its whole range.
+    """
+    longest = _longest_first_covers(increments)
+    gone: dict[SegmentRef, SegmentRef] = {}
+    stay_at: dict[int, list[SegmentRef]] = {}  # by their first txid, of lower levels than the one that is looked at
+    for level in sorted({ref.level for ref in increments}):
+        staying: list[SegmentRef] = []
+        for ref in (ref for ref in increments if ref.level == level):
+            cover = longest.get(ref)
+            if cover is not None and (cover.last <= fine_txid or _leads_through(stay_at, ref)):
+                gone[ref] = cover
+            else:
+                staying.append(ref)
+        for ref in staying:
+            stay_at.setdefault(ref.first, []).append(ref)
+    return gone
+
+
+def _longest_first_covers(increments: Sequence[SegmentRef]) -> dict[SegmentRef, SegmentRef]:
+    """For each that is covered, one that covers it and is itself covered by none.
+
+    Those that are covered by none, in the order of where they begin, end in that order as well: so it is enough to look at the
+    last that begins at or before a segment, for each level on its own.
+    """
+    covers: dict[SegmentRef, SegmentRef] = {}
+    front: dict[int, SegmentRef] = {}  # per level, the one that reaches farthest of those that begin at or before
+    for ref in sorted(increments, key=lambda ref: (ref.first, -ref.last, -ref.level)):
+        candidates = [one for level, one in front.items() if level >= ref.level and one.last >= ref.last]
+        if candidates:
+            covers[ref] = max(candidates, key=lambda one: (one.level, one.last))
+        if ref.level not in front or ref.last > front[ref.level].last:
+            front[ref.level] = ref
+    return {ref: _last_cover(covers, ref) for ref in covers}
+
+
+def _last_cover(covers: Mapping[SegmentRef, SegmentRef], ref: SegmentRef) -> SegmentRef:
+    while ref in covers:
+        ref = covers[ref]
+    return ref
+
+
+def _leads_through(stay_at: Mapping[int, Sequence[SegmentRef]], ref: SegmentRef) -> bool:
+    """Whether segments that adjoin take the database from the begin of ``ref`` to its end."""
+    at = ref.first
+    while at <= ref.last:
+        fitting = [one for one in stay_at.get(at, ()) if one.last <= ref.last]
+        if not fitting:
+            return False
+        at = min(one.last for one in fitting) + 1
+    return True
 
 
 # -- words for what is missing -----------------------------------------------------------------------------------------

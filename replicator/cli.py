@@ -380,7 +380,9 @@ def status(config_file: Path | None, no_expand_env: bool, socket_path: Path | No
         for d in databases
     ]
     lines = _table(("DATABASE", "STATUS", "DURABLE", "LAST COMMIT THERE", "WAITING"), rows)
-    _report(found, as_json, "\n".join([*lines, *(f"{d['path']}: {d['reason']}" for d in databases if d["reason"])]))
+    lines += [f"{d['path']}: {d['reason']}" for d in databases if d["reason"]]
+    lines += [f"{d['path']}: its replica grows, {d['upkeep_problem']}" for d in databases if d["upkeep_problem"]]
+    _report(found, as_json, "\n".join(lines))
 
 
 @replicator.command()

@@ -75,6 +75,7 @@ def status_document(status: DatabaseStatus) -> dict[str, Any]:
         "wal_bytes": status.wal_bytes,
         "page_size": status.page_size,
         "page_count": status.page_count,
+        "upkeep_problem": status.upkeep_problem,
         "checkpoint_blocked": status.checkpoint_blocked,
         "longest_barrier_s": round(status.barrier_s, 6),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -28,6 +28,7 @@ from replicator.segment import (
     DEFAULT_TAIL,
     HEADER_SIZE,
     MAX_TIME_MS,
+    ReadAhead,
     ReadAt,
     SegmentHeader,
     SegmentReader,
@@ -167,6 +168,24 @@ class Replica:
         return open_segment(
             ref, lambda offset, length: self.store.get(ref.key, offset=offset, length=length), size_bytes
         )
+
+    def sequential_reader(self, ref: SegmentRef, ahead_bytes: int) -> SegmentReader:
+        """For who reads all of it in order, by requests of about ``ahead_bytes``, which are kept in memory. For one thread.
+
+        Raises ObjectMissing, and FormatError naming the key.
+        """
+        size_bytes = ref.size_bytes or self.store.head(ref.key).size_bytes
+        ahead = ReadAhead(
+            lambda offset, length: self.store.get(ref.key, offset=offset, length=length), size_bytes, ahead_bytes
+        )
+        if size_bytes <= ahead_bytes:
+            ahead(0, size_bytes)
+        return open_segment(ref, ahead, size_bytes)
+
+    def forget_headers(self, gone: Container[SegmentRef]) -> None:
+        """Do not keep in memory what was read of these any longer."""
+        for ref in [ref for ref in self._headers if ref in gone]:
+            del self._headers[ref]
 
     def position_at(self, at_ms: int, timeline: int | None = None) -> tuple[Position, int]:
         """The last position whose last commit is not after ``at_ms``, and the time of that commit.

@@ -57,6 +57,7 @@ _T = TypeVar("_T")
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
 _FETCH_BYTES = 2 << 20  # of a larger one, neighbouring groups up to this size are
 _READ_BACK_BYTES = 4 << 20
+_MOST_LISTED_AGAIN = 3
 _SIDE_FILES = ("", "-wal", "-journal", "-shm")
 
 
@@ -171,24 +172,24 @@ def _with_fallback(replica: Replica, options: RestoreOptions, act: Callable[[Res
     """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
 
     The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (retention does that) is reason to list again, once.
+    was listed and is gone (compaction and retention do that) is reason to list again, a few times.
     """
     unusable: dict[str, ReplicatorError] = {}
-    listed_again = False
+    listed_again = 0
     while True:
         try:
             return act(_resolve(replica, options, unusable))
         except _Unusable as failed:
             if isinstance(failed.error, ObjectMissing):
-                if listed_again:
+                if listed_again == _MOST_LISTED_AGAIN:
                     raise failed.error from None
-                listed_again = True
+                listed_again += 1
             unusable[failed.ref.key] = failed.error
             log.warning("the restore looks for a way around a segment: %s", failed.error)
         except ObjectMissing as error:
-            if listed_again:
+            if listed_again == _MOST_LISTED_AGAIN:
                 raise
-            listed_again = True
+            listed_again += 1
             log.warning("the replica changed during the restore, it is listed again: %s", error)
         except (ChainBroken, NothingToRestore) as broken:
             if not unusable:

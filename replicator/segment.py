@@ -232,6 +232,29 @@ class SegmentWriter:
         if len(self._buffer) == self._pages_per_group * self._header.page_size:
             self._flush()
 
+    def takes_group(self, pages: int) -> bool:
+        """Whether ``add_group`` can be called now for a group of so many pages: it must be full, and begin where a group begins."""
+        return not self._buffer and pages == self._pages_per_group
+
+    def add_group(self, page_nos: NDArray[np.uint32], frame: bytes) -> None:
+        """Append a whole group as it is in another segment of the same page size; ``frame``: its bytes, which were checked."""
+        _valid(
+            not self._finished and self.takes_group(len(page_nos)), "a group can be taken only between groups, if full"
+        )
+        fits = self._last_page_no < page_nos[0] and page_nos[-1] <= self._header.page_count
+        _valid(fits, f"the group of page {page_nos[0]} is out of order or out of range")
+        breaks = np.flatnonzero(np.diff(page_nos) != 1) + 1
+        for stretch in np.split(page_nos, breaks):
+            first, count = int(stretch[0]), len(stretch)
+            if self._runs and first == self._last_page_no + 1:
+                self._runs[-1] += count
+            else:
+                self._runs.extend((first - self._last_page_no - 1, count))
+            self._last_page_no = first + count - 1
+        self._pages += len(page_nos)
+        self._new_pages += int(np.count_nonzero(page_nos > self._header.pages_before))
+        self._append(frame)
+
     def finish(self) -> int:
         """Write what is left; returns the size of the segment in bytes. The caller closes or syncs ``out``.
 
@@ -265,6 +288,9 @@ class SegmentWriter:
     def _flush(self) -> None:
         frame = self._compressor.compress(self._buffer)
         self._buffer.clear()
+        self._append(frame)
+
+    def _append(self, frame: bytes) -> None:
         self._checksums.append(_xxh3(frame))
         self._lengths.append(len(frame))
         self._write(frame)
@@ -272,6 +298,27 @@ class SegmentWriter:
     def _write(self, data: bytes) -> None:
         self._out.write(data)
         self._written += len(data)
+
+
+class ReadAhead:
+    """A ``ReadAt`` for who goes through a segment from its begin to its end: what follows comes with what was asked for.
+
+    size: of the segment. ahead_bytes: how much is asked of ``read_at`` at once, and kept. For one thread.
+    """
+
+    def __init__(self, read_at: ReadAt, size: int, ahead_bytes: int) -> None:
+        self._read_at = read_at
+        self._size = size
+        self._ahead_bytes = ahead_bytes
+        self._offset, self._data = 0, b""
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        begin = offset - self._offset
+        if begin < 0 or begin + length > len(self._data):
+            self._data = b""
+            self._data = self._read_at(offset, max(length, min(self._ahead_bytes, self._size - offset)))
+            self._offset, begin = offset, 0
+        return self._data[begin : begin + length]
 
 
 class SegmentReader:
@@ -329,6 +376,18 @@ class SegmentReader:
         """How many pages the segment holds."""
         return self._trailer.pages
 
+    @property
+    def pages_per_group(self) -> int:
+        return self._trailer.pages_per_group
+
+    def rank_after(self, page_no: int) -> int:
+        """How many of its pages have a number up to ``page_no``: the rank of the next one, counted from 0."""
+        return self._index.rank_after(page_no)
+
+    def page_nos(self, first_rank: int, end_rank: int) -> NDArray[np.uint32]:
+        """Numbers of its pages with these ranks, ascending."""
+        return self._index.page_nos(first_rank, end_rank)
+
     def pages(self) -> Iterator[tuple[int, memoryview]]:
         """All pages, ascending: (page_no, content). Reads and checks group by group."""
         for group in self.groups:
@@ -341,11 +400,20 @@ class SegmentReader:
     def decode_group(self, group: Group, data: bytes | memoryview) -> list[tuple[int, memoryview]]:
         """The pages of one group out of its bytes, for a caller that fetches several groups with one request."""
         where = f"its group at byte {group.offset}"
-        intact = len(data) == group.length and _xxh3(data) == group.checksum
-        _require(intact, self.name, f"{where} does not have its checksum")
+        self._check_group(group, data)
         view = memoryview(_decompress(data, len(group.page_nos) * self.page_size, self.name, where))
         size = self.page_size
         return [(page_no, view[i * size : (i + 1) * size]) for i, page_no in enumerate(group.page_nos.tolist())]
+
+    def group_bytes(self, group: Group) -> bytes:
+        """The bytes of a group as they are stored, with the right checksum."""
+        data = self._read(group.offset, group.length)
+        self._check_group(group, data)
+        return data
+
+    def _check_group(self, group: Group, data: bytes | memoryview) -> None:
+        intact = len(data) == group.length and _xxh3(data) == group.checksum
+        _require(intact, self.name, f"its group at byte {group.offset} does not have its checksum")
 
     def group_of(self, page_no: int) -> Group | None:
         """The group that holds a page, for a caller that caches groups; None when the segment does not hold it."""
@@ -360,14 +428,16 @@ class SegmentReader:
         number, place = divmod(rank, self._trailer.pages_per_group)
         return bytes(self.group_pages(self.groups[number])[place][1])
 
-    def verify(self) -> None:
+    def verify(self, check: Callable[[], None] = lambda: None) -> None:
         """Read everything once and check it; of a snapshot also that its pages have the state checksum that it claims.
 
+        check: called before each group; what it raises ends the reading.
         That every page is there that has to be (new ones; all of a snapshot) is checked whenever a segment is opened.
         """
         header = self.header
         state = 0
         for group in self.groups:
+            check()
             pages = self.group_pages(group)
             if header.snapshot:
                 state = reduce(xor, (page_hash(page_no, data) for page_no, data in pages), state)
@@ -478,22 +548,22 @@ class _Index:
         last = int(self._firsts[-1] + self._counts[-1]) - 1 if len(ends) else 0
         _require(last <= t.page_count, name, f"it holds page {last} of a database of {t.page_count} pages")
         _require(self.rank(lock_page(t.page_size)) is None, name, "it holds the lock page")
-        missing = _new_pages(t.page_size, t.pages_before, t.page_count) - (t.pages - self._rank_after(t.pages_before))
+        missing = _new_pages(t.page_size, t.pages_before, t.page_count) - (t.pages - self.rank_after(t.pages_before))
         _require(not missing, name, f"{missing} of the pages {t.pages_before + 1} to {t.page_count} are not in it")
 
     def rank(self, page_no: int) -> int | None:
         """None when the page is not in the segment."""
         if not 1 <= page_no <= self.trailer.page_count:
             return None
-        after = self._rank_after(page_no)
-        return after - 1 if after > self._rank_after(page_no - 1) else None
+        after = self.rank_after(page_no)
+        return after - 1 if after > self.rank_after(page_no - 1) else None
 
     def page_nos(self, first_rank: int, end_rank: int) -> NDArray[np.uint32]:
         ranks = np.arange(first_rank, end_rank, dtype=np.uint64)
         run = np.searchsorted(self._ranks, ranks, side="right") - 1
         return (self._firsts[run] + (ranks - self._ranks[run])).astype(np.uint32)
 
-    def _rank_after(self, page_no: int) -> int:
+    def rank_after(self, page_no: int) -> int:
         """How many pages of the segment have a number up to ``page_no``."""
         run = int(np.searchsorted(self._firsts, np.uint64(page_no), side="right")) - 1
         if run < 0:

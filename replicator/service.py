@@ -20,6 +20,7 @@ from replicator.database import is_database_file
 from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
+from replicator.upkeep import Upkeep
 from replicator.values import Position
 from replicator.watch import STATE_SUFFIX, Folder, Watch
 from replicator.worker import DatabaseStatus, DatabaseWorker, Protection, WorkerSettings
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 SWEEP_S = 60.0
 CAPTURE_THREADS = 4
 UPLOAD_THREADS = 16
+UPKEEP_THREADS = 1
 STOP_THREADS = 32
 LAST_STEP_S = 1.0
 """A step or an upload that runs when the time for a stop is over gets this much more to end."""
@@ -89,6 +91,7 @@ class Replicator:
         self._folders: dict[Path, _Watched] = {}
         self._uploads = Crew(UPLOAD_THREADS, "upload")
         self._scheduler: Scheduler[DatabaseWorker] = Scheduler(CAPTURE_THREADS, "capture")
+        self._upkeeps: Scheduler[Upkeep] = Scheduler(UPKEEP_THREADS, "upkeep")
         self._watch = Watch(self._touched, self._appeared)
         self._sweeper = threading.Thread(target=self._sweep_forever, name="sweep", daemon=True)
         self._stopping = threading.Event()
@@ -170,6 +173,7 @@ class Replicator:
                 self._uploads,
                 settings,
                 self._scheduler.wake,
+                self._upkeeps.wake,
                 writer=self._writer,
                 epoch=self._epoch,
                 now_ms=self._now_ms,
@@ -183,6 +187,7 @@ class Replicator:
                 raise
             self._databases[path] = _Replicated(worker, folder)
         self._scheduler.wake(worker)
+        self._upkeeps.wake(worker.upkeep, settings.upkeep.survey_s)
 
     # -- how it is -----------------------------------------------------------------------------------------------------
 
@@ -240,11 +245,14 @@ class Replicator:
         self._watch.stop()
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
+        for worker in workers:
+            worker.upkeep.stop()
         with ThreadPoolExecutor(min(STOP_THREADS, len(workers) + 1), thread_name_prefix="stop") as pool:
             late = [found for found in pool.map(lambda worker: _last_sync(worker, deadline), workers) if found]
             list(pool.map(lambda worker: self._close(worker, max(LAST_STEP_S, deadline - time.monotonic())), workers))
         self._scheduler.stop(LAST_STEP_S)
         self._uploads.stop(LAST_STEP_S)
+        self._upkeeps.stop(LAST_STEP_S)
         if self._sweeper.is_alive():
             self._sweeper.join(max(LAST_STEP_S, deadline - time.monotonic()))
         with self._guard:
@@ -254,6 +262,9 @@ class Replicator:
         return late
 
     def _close(self, worker: DatabaseWorker, timeout_s: float) -> None:
+        worker.upkeep.stop()
+        if not self._upkeeps.forget(worker.upkeep, timeout_s):
+            log.warning("%s: the upkeep of its replica did not end in time; what it does is done", worker.path)
         if not self._scheduler.forget(worker, timeout_s):
             log.warning("%s: its step did not end in time; it is let go of when it does", worker.path)
         worker.close()

@@ -51,15 +51,17 @@ class Shipper:
         store: ObjectStore,
         pool: Crew,
         changed: Callable[[], None],
+        arrived: Callable[[SegmentRef], None],
         *,
         now_ms: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """changed: called whenever a segment has arrived or failed, from an uploading thread."""
+        """changed: called whenever a segment has arrived or failed; arrived: with each that has. From an uploading thread."""
         self._spool = spool
         self._store = store
         self._pool = pool
         self._changed = changed
+        self._arrived = arrived
         self._now_ms = now_ms
         self._monotonic = monotonic
         self._guard = threading.Lock()
@@ -167,6 +169,7 @@ class Shipper:
         failpoints.reach("after-upload")
         if self._spool.mark_shipped(ref):
             self._succeeded(header.last_commit_ms, ref)
+            self._arrived(ref)
 
     def _prove_timeline(self, timeline: Timeline, arrived_txid: int) -> None:
         """Once per timeline and process: the store has the record that this writer made, and a chain up to what has arrived there.

@@ -23,6 +23,7 @@ from replicator.scheduler import Crew
 from replicator.ship import Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
+from replicator.upkeep import Upkeep, UpkeepSettings
 from replicator.values import Position
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class DatabaseStatus:
 
     lag_s: age of the oldest commit that is captured but not durable; when there is none, how long the last one took.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
+    upkeep_problem: why its replica is not compacted and thinned at present, '' when it is.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class DatabaseStatus:
     page_count: int
     checkpoint_blocked: bool
     barrier_s: float
+    upkeep_problem: str = ""
 
     @property
     def words(self) -> str:
@@ -79,6 +82,7 @@ class WorkerSettings:
     interval_s: float = 1.0
     burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
+    upkeep: UpkeepSettings = UpkeepSettings()
 
 
 class DatabaseWorker:
@@ -92,6 +96,7 @@ class DatabaseWorker:
         uploads: Crew,
         settings: WorkerSettings,
         wake: Callable[[DatabaseWorker], None],
+        wake_upkeep: Callable[[Upkeep, float], None],
         *,
         writer: str,
         now_ms: Callable[[], int],
@@ -113,7 +118,8 @@ class DatabaseWorker:
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
-        self._shipper = Shipper(self._spool, store, uploads, self._on_upload, now_ms=now_ms)
+        self.upkeep = Upkeep(store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
+        self._shipper = Shipper(self._spool, store, uploads, self._on_upload, self.upkeep.arrived, now_ms=now_ms)
         self._wake = wake
         self._begun: origin.Origin | None = None
         self._problem: Exception | None = None
@@ -335,6 +341,7 @@ class DatabaseWorker:
             page_count=figures.page_count,
             checkpoint_blocked=figures.checkpoint_blocked,
             barrier_s=figures.barrier_s,
+            upkeep_problem=str(self.upkeep.problem or ""),
         )
 
     @property
@@ -365,6 +372,11 @@ class DatabaseWorker:
     def _durable(self) -> Position | None:
         captured = self._capture.position
         return self._shipper.durable(captured) if captured else None
+
+    def _shipped_timeline(self) -> int | None:
+        """The timeline that is written here, once the store has what it begins with."""
+        durable = self._durable()
+        return None if durable is None or any(ref.is_snapshot for ref in self._spool.waiting()) else durable.timeline
 
     def _durable_ms(self) -> int:
         return self._shipper.durable_commit_ms if self._spool.waiting() else self._capture.last_commit_ms

@@ -28,6 +28,8 @@ PURE = {
     "replicator/pagehash.py",
     "replicator/layout.py",
     "replicator/chain.py",
+    "replicator/merge.py",
+    "replicator/levels.py",
     "minipaas/model.py",
     "minipaas/plan.py",
     "minipaas/manifest.py",

@@ -147,6 +147,7 @@ class Rig:
             self._crew,
             settings,
             lambda worker: None,
+            lambda upkeep, delay_s: None,
             writer="test",
             now_ms=now_ms,
         )
