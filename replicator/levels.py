@@ -23,9 +23,10 @@ def batches(
     """What to merge into segments of ``level``: two or more each, that adjoin, of lower levels, after what is at that level already.
 
     increments: of one timeline. forks: txids at which timelines left it; none is crossed, since the part before it belongs to
-    both histories. Where a segment is missing the next batch begins after it.
+    both histories, and what crosses one already is as if it were not there. Where a segment is missing the next batch begins
+    after it.
     """
-    known = list(increments)
+    known = [ref for ref in increments if not any(ref.first <= fork < ref.last for fork in forks)]
     done = max((ref.last for ref in known if ref.level >= level), default=0)
     longest: dict[int, SegmentRef] = {}
     for ref in known:

@@ -78,13 +78,13 @@ class ReplicaBuilder:
     states: dict[Position, bytes] = field(default_factory=dict)
     times: dict[Position, int] = field(default_factory=dict)
 
-    def timeline(self, number: int, parent: Position | None = None) -> None:
+    def timeline(self, number: int, parent: Position | None = None, created_ms: int = T0_MS) -> None:
         record = Timeline(
             number=number,
             database=DATABASE,
             parent=parent.timeline if parent else None,
             fork_txid=parent.txid if parent else None,
-            created_ms=T0_MS,
+            created_ms=created_ms,
             writer="test",
             reason="test",
         )

@@ -58,6 +58,8 @@ def test_one_segment_alone_stays_as_it_is() -> None:
 def test_no_batch_crosses_a_fork() -> None:
     refs = [seg(1, n) for n in range(2, 9)]
     assert batches(refs, 1, [4]) == [tuple(refs[:3]), tuple(refs[3:])]
+    assert batches([*refs, seg(1, 2, 5, 1)], 1, [4]) == [tuple(refs[:3]), tuple(refs[3:])]
+    assert batches([*refs, seg(1, 3, 5, 1)], 2, [4]) == [tuple(refs[:3]), tuple(refs[3:])]
 
 
 def test_many_segments_are_merged_in_several_batches() -> None:
