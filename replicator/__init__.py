@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from replicator.store import ObjectStore as ObjectStore
     from replicator.store import open_store as open_store
     from replicator.store.measure import Meter as Meter
+    from replicator.upkeep import UpkeepSettings as UpkeepSettings
     from replicator.values import Position as Position
     from replicator.values import Timeline as Timeline
     from replicator.watch import Folder as Folder
@@ -79,6 +80,7 @@ _HOMES = {
     "service": "NotDurable Replicator default_state",
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
+    "upkeep": "UpkeepSettings",
     "values": "Position Timeline",
     "watch": "Folder",
     "worker": "DatabaseStatus Protection WorkerSettings",

@@ -21,6 +21,7 @@ from replicator.capture import CaptureSettings
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, STORE_KEYS, TOP_KEYS, Key
 from replicator.errors import ConfigError, UsageError
 from replicator.store import ObjectStore, open_store
+from replicator.upkeep import MAX_LEVELS, UpkeepSettings
 from replicator.values import parse_duration
 from replicator.watch import Folder
 from replicator.worker import WorkerSettings
@@ -415,6 +416,7 @@ class _Builder:
                 idle_checkpoint_s=_get(values, "checkpoint-interval", CaptureSettings.idle_checkpoint_s) or NEVER_S,
             ),
             interval_s=self._interval(replica_value.value, top, f"{where}.replica"),
+            upkeep=self._upkeep(values, top, where),
         )
         path: Path = values["dir" if "dir" in values else "path"].value
         return DatabaseConfig(
@@ -458,6 +460,33 @@ class _Builder:
     def _interval(self, replica: _Section, top: _Section, where: str) -> float:
         default = self._positive(top, "sync-interval", "", WorkerSettings.interval_s)
         return float(self._positive(replica, "sync-interval", where, default))
+
+    def _upkeep(self, values: _Section, top: _Section, where: str) -> UpkeepSettings:
+        """A database says it for itself, or the top of the file for all."""
+        of_all, own = _get(top, "snapshot", {}), _get(values, "snapshot", {})
+        window_s = self._positive(of_all, "retention", "snapshot", UpkeepSettings.retention_s)
+        window_s = self._positive(own, "retention", f"{where}.snapshot", window_s)
+        snapshot_s = self._positive(of_all, "interval", "snapshot", UpkeepSettings.snapshot_s)
+        return UpkeepSettings(
+            levels_s=self._levels(top["levels"]) if "levels" in top else UpkeepSettings.levels_s,
+            snapshot_s=self._positive(own, "interval", f"{where}.snapshot", snapshot_s),
+            retention_s=window_s if _get(_get(top, "retention", {}), "enabled", True) else None,
+            fine_s=_get(top, "l0-retention", UpkeepSettings.fine_s),
+        )
+
+    def _levels(self, value: _Value) -> tuple[float, ...]:
+        levels: list[_Value] = value.value
+        if len(levels) > MAX_LEVELS:
+            raise self._reader.wrong(value.line, "levels", f"has {len(levels)} items; there are at most {MAX_LEVELS}")
+        found: list[float] = []
+        for number, level in enumerate(levels):
+            where = f"levels[{number}]"
+            if "interval" not in level.value:
+                raise self._reader.wrong(level.line, f"{where}.interval", "is missing; how often is it merged?")
+            found.append(self._positive(level.value, "interval", where, 0.0))
+            if found[-1] <= max(found[:-1], default=0.0):
+                raise self._reader.wrong(level.line, f"{where}.interval", "is not longer than that of the level before")
+        return tuple(found)
 
     def _replica(self, replica: _Value, top: _Section, where: str) -> ReplicaConfig:
         defaults = {key.name: top[key.name] for key in STORE_KEYS if key.name in top}

@@ -41,8 +41,6 @@ def _unused(kind: Kind, instead: str, *names: str, section: tuple[Key, ...] = ()
     return tuple(Key(name, kind, instead=instead, section=section) for name in names)
 
 
-_NEVER_DELETED = "not built yet: every segment is kept, nothing in the store is deleted"
-_NO_COMPACTION = "not built yet: segments stay as they were shipped"
 _NO_VALIDATION = "a restore verifies every checksum; verifying at intervals is not built yet"
 _OTHER_STORE = "belongs to a kind of store that is not built yet; replicas go to s3 or file"
 _S3_CLIENT = "the S3 client decides this by itself"
@@ -52,7 +50,19 @@ _CUSTOMER_KEYS = (
     "encryption with your own key in the bucket is not built yet; set the bucket's default encryption instead"
 )
 
-_INTERVAL = _unused("duration", _NO_COMPACTION, "interval")
+_SNAPSHOT = Key(
+    "snapshot",
+    "section",
+    "when snapshots are taken, and the window in which every moment can be restored",
+    section=(
+        Key(
+            "interval",
+            "duration",
+            "a snapshot is taken this often of a database that changes noticeably; sooner when the changes outweigh it. Default 24h",
+        ),
+        Key("retention", "duration", "the window: what it does not need is deleted. Default 7d"),
+    ),
+)
 
 STORE_KEYS: tuple[Key, ...] = (
     Key(
@@ -152,9 +162,7 @@ DATABASE_KEYS: tuple[Key, ...] = (
         "max-checkpoint-page-count",
     ),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-wal-bytes"),
-    *_unused(
-        "section", _NEVER_DELETED, "snapshot", section=_unused("duration", _NEVER_DELETED, "interval", "retention")
-    ),
+    _SNAPSHOT,
 )
 
 TOP_KEYS: tuple[Key, ...] = (
@@ -195,14 +203,28 @@ TOP_KEYS: tuple[Key, ...] = (
     *_unused(
         "duration", "the last commits are tried all the time until shutdown-sync-timeout", "shutdown-sync-interval"
     ),
-    *_unused("sections", _NO_COMPACTION, "levels", section=_INTERVAL),
-    *_unused(
-        "section", _NEVER_DELETED, "snapshot", section=_unused("duration", _NEVER_DELETED, "interval", "retention")
+    Key(
+        "levels",
+        "sections",
+        "how segments are merged: one `interval` for each level, the shortest first. Default 5m and 1h; an empty list for no merging",
+        section=(Key("interval", "duration", "how often segments are merged into this level"),),
     ),
-    *_unused("section", _NEVER_DELETED, "retention", section=_unused("flag", _NEVER_DELETED, "enabled")),
-    *_unused("duration", _NEVER_DELETED, "l0-retention", "l0-retention-check-interval"),
+    _SNAPSHOT,
+    Key(
+        "retention",
+        "section",
+        "whether anything is deleted",
+        section=(Key("enabled", "flag", "false to keep every segment for ever. Default true"),),
+    ),
+    Key(
+        "l0-retention",
+        "duration",
+        "the part of the window in which every shipped segment is kept, so that every commit that was shipped alone can be restored. "
+        "Default 24h",
+    ),
+    *_unused("duration", "looked at once in the longest interval of levels", "l0-retention-check-interval"),
     *_unused("section", _NO_VALIDATION, "validation", section=_unused("duration", _NO_VALIDATION, "interval")),
-    *_unused("flag", _NO_COMPACTION, "verify-compaction"),
+    *_unused("flag", "what was merged is always read back and verified", "verify-compaction"),
     *_unused("text", _NO_SERVER, "addr", "mcp-addr"),
     *_unused("text", "not built yet: nothing is called; ask `replicator status`", "heartbeat-url"),
     *_unused("duration", "not built yet: nothing is called; ask `replicator status`", "heartbeat-interval"),
@@ -213,10 +235,15 @@ def reference() -> str:
     """The tables of docs/replicator.md, in Markdown."""
     logging = next(key for key in TOP_KEYS if key.name == "logging")
     socket = next(key for key in TOP_KEYS if key.name == "socket")
+    levels = next(key for key in TOP_KEYS if key.name == "levels")
+    retention = next(key for key in TOP_KEYS if key.name == "retention")
     tables = (
         ("At the top of the file", tuple(key for key in TOP_KEYS if key not in STORE_KEYS)),
         ("In `logging`", logging.section),
         ("In `socket`", socket.section),
+        ("In an entry of `levels`", levels.section),
+        ("In `snapshot`", _SNAPSHOT.section),
+        ("In `retention`", retention.section),
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
     )

@@ -263,8 +263,8 @@ class Replicator:
 
     def _close(self, worker: DatabaseWorker, timeout_s: float) -> None:
         worker.upkeep.stop()
-        if not self._upkeeps.forget(worker.upkeep, timeout_s):
-            log.warning("%s: the upkeep of its replica did not end in time; what it does is done", worker.path)
+        if not self._upkeeps.forget(worker.upkeep, LAST_STEP_S):
+            log.info("%s: a request of the upkeep of its replica is still under way; nothing follows it", worker.path)
         if not self._scheduler.forget(worker, timeout_s):
             log.warning("%s: its step did not end in time; it is let go of when it does", worker.path)
         worker.close()

@@ -13,12 +13,19 @@ from pathlib import Path
 from replicator.capture import CaptureSettings
 from replicator.service import Replicator
 from replicator.store.file import FileStore
+from replicator.upkeep import UpkeepSettings
 from replicator.worker import WorkerSettings
 
 
-def main(path: str, store: str, acknowledged: str) -> None:
+def main(path: str, store: str, acknowledged: str, quick_upkeep: str = "") -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    settings = WorkerSettings(interval_s=0.02, capture=CaptureSettings(checkpoint_pages=30))
+    # As in a life of months, in seconds: merged, thinned and deleted all the time.
+    upkeep = UpkeepSettings(levels_s=(0.1, 0.3), snapshot_s=0.5, retention_s=1.0, fine_s=0.3, grace_s=0.1)
+    settings = WorkerSettings(
+        interval_s=0.02,
+        capture=CaptureSettings(checkpoint_pages=30),
+        upkeep=upkeep if quick_upkeep else UpkeepSettings(),
+    )
     replicator = Replicator()
     replicator.start()
     replicator.add(Path(path), FileStore(Path(store)), settings=settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from replicator.capture import CaptureSettings
 from replicator.config import Config, load, parse
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, TOP_KEYS, Key, reference
 from replicator.errors import ConfigError
+from replicator.upkeep import UpkeepSettings
 
 FILE = Path("/etc/replicator.yml")
 DOCS = Path(__file__).parents[2] / "docs" / "replicator.md"
@@ -138,10 +140,24 @@ def test_an_anchor_may_be_merged() -> None:
 
 
 def test_a_key_of_litestream_that_does_nothing_here_gets_one_line_that_says_what_happens() -> None:
-    config = read("snapshot:\n  interval: 1h\n  retention: 24h\n" + one("{url: file:///b}", monitor_interval="1s"))
+    config = read("validation:\n  interval: 1h\n" + one("{url: file:///b}", monitor_interval="1s"))
     assert len(config.notes) == 2
-    assert config.notes[0].startswith("/etc/replicator.yml:1: snapshot: not built yet: every segment is kept")
-    assert config.notes[1].startswith("/etc/replicator.yml:6: dbs[0].monitor-interval: file events wake the replicator")
+    assert config.notes[0].startswith("/etc/replicator.yml:1: validation: a restore verifies every checksum")
+    assert config.notes[1].startswith("/etc/replicator.yml:5: dbs[0].monitor-interval: file events wake the replicator")
+
+
+def test_settings_of_the_upkeep() -> None:
+    text = (
+        "levels:\n- interval: 30s\n- interval: 5m\nsnapshot: {interval: 12h, retention: 30d}\nl0-retention: 10m\n"
+        "dbs:\n- path: /a.db\n  replica: {url: file:///a}\n"
+        "- path: /b.db\n  replica: {url: file:///b}\n  snapshot: {retention: 2d}\n"
+    )
+    first, second = (entry.settings.upkeep for entry in read(text).databases)
+    assert first == UpkeepSettings((30, 300), snapshot_s=12 * 3600, retention_s=30 * 86400, fine_s=600)
+    assert second == replace(first, retention_s=2 * 86400)
+    assert read(one("{url: file:///b}")).databases[0].settings.upkeep == UpkeepSettings()
+    kept = read("levels: []\nretention: {enabled: false}\n" + one("{url: file:///b}")).databases[0].settings.upkeep
+    assert kept == UpkeepSettings((), retention_s=None)
 
 
 def test_without_expansion_a_dollar_is_a_dollar() -> None:
@@ -152,6 +168,10 @@ def test_without_expansion_a_dollar_is_a_dollar() -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 WRONG = [
+    ("levels:\n- interval: 5m\n- interval: 5m\n" + one("{url: file:///b}"), 3, "levels[1].interval: is not longer"),
+    ("levels:\n- {}\n" + one("{url: file:///b}"), 2, "levels[0].interval: is missing"),
+    ("levels: [" + "{interval: 1h}," * 9 + "]\n" + one("{url: file:///b}"), 1, "levels: has 9 items"),
+    ("snapshot: {retention: 0}\n" + one("{url: file:///b}"), 1, "snapshot.retention: must be more than 0"),
     (
         "dbs:\n- path: /a.db\n  replica:\n    urll: file:///b\n",
         4,

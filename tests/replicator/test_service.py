@@ -20,12 +20,20 @@ from ledger_support import app, restored, restored_rows, rows, wait_for
 
 from replicator import catalogue
 from replicator.capture import CaptureSettings
-from replicator.errors import DatabaseMissing, DatabaseNotReplicable, ReplicatorError, StoreUnavailable, SyncTimeout
+from replicator.errors import (
+    DatabaseMissing,
+    DatabaseNotReplicable,
+    ReplicatorError,
+    StoreDenied,
+    StoreUnavailable,
+    SyncTimeout,
+)
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions, restore
 from replicator.scheduler import Crew, Scheduler
 from replicator.service import Replicator
 from replicator.store.memory import MemoryStore
+from replicator.upkeep import UpkeepSettings
 from replicator.watch import Folder
 from replicator.worker import DatabaseStatus, Protection, WorkerSettings
 
@@ -231,6 +239,78 @@ def test_a_commit_on_an_idle_database_is_in_the_store_within_200_ms(
             threading.Event().wait(0.03)
     logging.getLogger(__name__).info("commit to store: median %.1f ms", statistics.median(arrivals) * 1000)
     assert statistics.median(arrivals) < 0.2
+
+
+# -- upkeep ------------------------------------------------------------------------------------------------------------
+
+HASTY = WorkerSettings(
+    interval_s=0.0,
+    upkeep=UpkeepSettings(levels_s=(0.1, 0.3), snapshot_s=0.1, retention_s=0.5, fine_s=0.1, grace_s=0.1),
+)
+
+
+def test_a_replica_is_merged_and_thinned_while_it_is_written(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path = data / "app.db"
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(1)
+        replicator.add(path, bucket.store, settings=HASTY)
+        for _ in range(20):
+            writer.insert(1)
+            replicator.sync(path, 10)
+        wait_for(lambda: 0 < len(Replica(bucket.store).segments()) <= 6, what="a small replica")
+        assert not status_of(replicator, path).upkeep_problem
+        assert restored_rows(bucket.store, tmp_path) == list(range(1, 22))
+
+
+def test_an_upkeep_that_fails_is_named_and_holds_up_no_commit(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    def refuse(operation: str, key: str) -> None:
+        if operation == "put" and "/1/" in key:
+            raise StoreDenied("level 1 may not be written")
+
+    path, store = data / "app.db", bucket.store
+    store.before = refuse
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(1)
+        replicator.add(path, store, settings=HASTY)
+
+        def is_named() -> bool:
+            writer.insert(1)
+            replicator.sync(path, 10)
+            return status_of(replicator, path).upkeep_problem == "level 1 may not be written"
+
+        wait_for(is_named)
+        assert status_of(replicator, path).protection is Protection.PROTECTED
+        writer.insert(1)
+        replicator.sync(path, 10)
+        assert restored_rows(store, tmp_path) == list(range(1, writer.run("SELECT count(*) FROM ledger")[0] + 1))
+
+
+def test_a_stop_waits_for_no_upkeep(bucket: Bucket, data: Path) -> None:
+    hangs = threading.Event()
+
+    def hang(operation: str, key: str) -> None:
+        if operation == "put" and "/1/" in key:
+            hangs.set()
+            threading.Event().wait(20)
+
+    bucket.store.before = hang
+    running = Replicator(sweep_s=3600)
+    running.start()
+    path = data / "app.db"
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(1)
+        running.add(path, bucket.store, settings=HASTY)
+        while not hangs.is_set():
+            writer.insert(1)
+            running.sync(path, 10)
+        began = time.monotonic()
+        writer.insert(1)
+        assert running.stop(3) == []
+        assert time.monotonic() - began < 8
 
 
 # -- sync --------------------------------------------------------------------------------------------------------------
