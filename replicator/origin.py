@@ -12,7 +12,7 @@ from replicator import chain
 from replicator.errors import ChainBroken, NothingToRestore
 from replicator.replica import Replica
 from replicator.spool import Captured
-from replicator.values import Timeline
+from replicator.values import Position, Timeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,21 @@ class Origin:
 
 
 def new_timeline(
-    replica: Replica, known: Captured | None, *, writer: str, reason: str, now_ms: int, epoch: int = 0
+    replica: Replica,
+    known: Captured | None,
+    *,
+    writer: str,
+    reason: str,
+    now_ms: int,
+    epoch: int = 0,
+    arrived_txid: int = 0,
 ) -> Origin:
     """Write the record of a new timeline. Raises StoreError.
 
-    known: the state that the database forks from, when it is of this replica; else the new timeline begins with a snapshot, and
-    its parent is the newest that there is. epoch: of the lease that allows it, 0 without one.
+    known: the state that the database forks from, when it is of this replica and can still be restored; else the new timeline
+    begins with a snapshot, and its parent is the newest that there is. epoch: of the lease that allows it, 0 without one.
+    arrived_txid: up to here the replica must have what leads to the known state, the rest is still to come; 0 when it need have
+    nothing.
     """
     parent: int | None
     fork_txid: int | None
@@ -53,7 +62,20 @@ def new_timeline(
             epoch=epoch,
         )
         if replica.write_timeline(timeline):
+            # Looked at after the record was written: from then on nobody deletes what leads to its fork.
+            if known is not None and not _leads_to(replica, timelines, Position(known.timeline.number, arrived_txid)):
+                known = None
             return Origin(timeline, fork_txid or 0, known)
+
+
+def _leads_to(replica: Replica, timelines: dict[int, Timeline], position: Position) -> bool:
+    if position.txid == 0:
+        return True
+    try:
+        chain.plan(timelines, replica.segments(), position)
+    except (NothingToRestore, ChainBroken):
+        return False  # the window of the replica has left it behind
+    return True
 
 
 def _newest(replica: Replica, timelines: dict[int, Timeline]) -> tuple[int | None, int | None]:

@@ -89,7 +89,7 @@ class Shipper:
             if wait_s > 0:
                 return wait_s
             waiting = self._spool.waiting()
-            arrived_txid = _arrived(waiting, captured_txid)
+            arrived_txid = arrived(waiting, captured_txid)
             if not waiting and self._proven != timeline.number and not self._proving:
                 self._proving = True
                 self._pool.submit(self._prove, timeline, arrived_txid, self._era)
@@ -258,7 +258,7 @@ class Shipper:
                 self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
 
 
-def _arrived(waiting: Sequence[SegmentRef], captured_txid: int) -> int:
+def arrived(waiting: Sequence[SegmentRef], captured_txid: int) -> int:
     """Up to here the store must have everything; 0 when it need have nothing, since a snapshot is the next to come."""
     if not waiting:
         return captured_txid

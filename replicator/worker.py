@@ -20,7 +20,7 @@ from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, Repl
 from replicator.pace import Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
-from replicator.ship import Shipper
+from replicator.ship import Shipper, arrived
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.upkeep import Upkeep, UpkeepSettings
@@ -231,6 +231,7 @@ class DatabaseWorker:
                 reason=need.reason,
                 now_ms=self._now_ms(),
                 epoch=epoch,
+                arrived_txid=arrived(self._spool.waiting(), need.known.txid) if need.known else 0,
             )
         begun = self._begun
         self._capture.begin_timeline(begun.timeline, begun.txid, begun.known, keep_waiting=begun.known is not None)

@@ -98,6 +98,21 @@ def test_what_a_writer_with_an_old_lease_begins_late_is_never_the_newest(tmp_pat
     assert len(rows_of(store, tmp_path / "tail.db", timeline=3)) == 7
 
 
+def test_a_restored_position_that_the_window_has_left_behind_is_no_place_to_fork_from(tmp_path: Path) -> None:
+    a, store = Ledger(tmp_path / "a"), MemoryStore()
+    a.add_rows(3)
+    a.ship(store)
+    (tmp_path / "b").mkdir()
+    report = restore(store, tmp_path / "b" / "app.db")
+    mark_restored(tmp_path / "b" / "state", report, Replica(store).timelines()[1])
+    store.delete([info.key for info in store.list(SEGMENTS)])
+    b = Ledger(tmp_path / "b")
+    b.add_rows(2)
+    b.ship(store)
+    assert timelines(store) == [1, 2]
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
+
+
 def rows_of(store: MemoryStore, target: Path, timeline: int) -> list[int]:
     restore(store, target, RestoreOptions(timeline=timeline))
     connection = apsw.Connection(str(target))
