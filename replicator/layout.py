@@ -17,7 +17,7 @@ _TIMELINE_KEY = re.compile(r"timelines/(\d{8})\.json")
 _SEGMENT_KEY = re.compile(r"segments/(\d{8})/(\d)/(\d{16})-(\d{16})\.seg")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class SegmentRef:
     """A segment as its key names it: it takes the database from txid ``first - 1`` to ``last``.
 

@@ -37,8 +37,8 @@ SETTLE_S = 86400.0
 FIRST_RETRY_S = 30.0
 MAX_RETRY_S = 3600.0
 _INPUT_BYTES = 32 << 20  # of all inputs of a merge together
-_AHEAD_BYTES = 2 << 20
-_MERGES_AT_ONCE = 32
+_AHEAD_BYTES = 4 << 20
+_MERGES_AT_ONCE = 256
 _KEYS_AT_ONCE = 1000
 
 
@@ -224,7 +224,7 @@ class Upkeep:
         return ref
 
     def _readers(self, parts: Sequence[SegmentRef]) -> list[SegmentReader]:
-        ahead_bytes = min(_AHEAD_BYTES, _INPUT_BYTES // len(parts))
+        ahead_bytes = _share(part.size_bytes for part in parts)
         return [self._replica.sequential_reader(ref, ahead_bytes) for ref in parts]
 
     def _prove(self, ref: SegmentRef, expected: SegmentHeader | None = None) -> None:
@@ -364,6 +364,16 @@ class Upkeep:
     @property
     def _url(self) -> str:
         return self._replica.store.url
+
+
+def _share(sizes: Iterable[int]) -> int:
+    """How much of each input to hold in memory, so that small ones are read at once and large ones in long pieces."""
+    left_bytes, share = _INPUT_BYTES, 0
+    ascending = sorted(sizes)
+    for number, size_bytes in enumerate(ascending):
+        share = left_bytes // (len(ascending) - number)
+        left_bytes -= min(size_bytes, share)
+    return min(share, _AHEAD_BYTES)
 
 
 def _check_still_restorable(
