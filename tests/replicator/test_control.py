@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -249,3 +250,9 @@ def test_the_usual_path_belongs_to_the_user() -> None:
     assert control.default_path({"XDG_RUNTIME_DIR": "/run/user/7"}, uid=7) == Path("/run/user/7/replicator.sock")
     assert control.default_path({}, uid=7) == Path("/run/user/7/replicator.sock")
     assert control.default_path({"REPLICATOR_SOCKET": "/x.sock"}, uid=0) == Path("/x.sock")
+
+
+def test_the_status_names_what_keeps_a_replica_from_being_thinned() -> None:
+    assert control.status_document(APP)["upkeep_problem"] == ""
+    stuck = replace(APP, upkeep_problem="the store is read-only")
+    assert control.status_document(stuck)["upkeep_problem"] == "the store is read-only"

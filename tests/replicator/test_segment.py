@@ -25,6 +25,7 @@ from replicator.pagehash import lock_page, page_hash
 from replicator.segment import (
     HEADER_SIZE,
     TRAILER_SIZE,
+    ReadAhead,
     SegmentHeader,
     SegmentReader,
     SegmentWriter,
@@ -620,3 +621,59 @@ def test_the_document_alone_is_enough_to_read_a_segment(data: bytes, expected: d
 def test_every_error_of_a_segment_is_a_format_error_that_names_it() -> None:
     with pytest.raises(FormatError, match="^segments/7.seg is damaged: .*; fetch it again, or restore to an earlier"):
         SegmentReader.from_bytes(small_snapshot()[:-1], name="segments/7.seg")
+
+
+# -- groups taken from another segment, and reading in order ------------------------------------------------------------
+
+
+def test_a_group_is_taken_from_another_segment_as_it_is() -> None:
+    numbers = [1, 2, 4, 5, 6, 9]
+    header = replace(INCREMENT, page_size=65536)
+    whole = segment(header, numbers)
+    reader = SegmentReader.from_bytes(whole)
+    out = io.BytesIO()
+    writer = SegmentWriter(out, header)
+    first = reader.groups[0]
+    assert writer.takes_group(len(first.page_nos))
+    writer.add_group(first.page_nos, reader.group_bytes(first))
+    for page_no in numbers[4:]:
+        writer.add(page_no, content(page_no, 65536))
+    writer.finish()
+    assert out.getvalue() == whole
+
+
+def test_a_group_is_taken_only_between_groups_whole_and_in_order() -> None:
+    header = replace(INCREMENT, page_size=65536)
+    reader = SegmentReader.from_bytes(segment(header, [1, 2, 3, 4, 5]))
+    full, rest = reader.groups
+    frame = reader.group_bytes(full)
+    writer = SegmentWriter(io.BytesIO(), header)
+    for group in (rest, full):
+        if group is full:
+            writer.add(1, content(1, 65536))
+        assert not writer.takes_group(len(group.page_nos))
+        with pytest.raises(ValueError, match="only between groups"):
+            writer.add_group(group.page_nos, frame)
+    writer = SegmentWriter(io.BytesIO(), header)
+    writer.add_group(full.page_nos, frame)
+    with pytest.raises(ValueError, match="out of order"):
+        writer.add_group(full.page_nos, frame)
+    writer = SegmentWriter(io.BytesIO(), replace(header, page_count=3))
+    with pytest.raises(ValueError, match="out of range"):
+        writer.add_group(full.page_nos, frame)
+
+
+def test_a_segment_that_is_read_in_order_takes_few_requests() -> None:
+    asked: list[tuple[int, int]] = []
+    data = segment(replace(INCREMENT, page_size=65536, page_count=200, pages_before=200), [*range(5, 200, 5)])
+
+    def read_at(offset: int, length: int) -> bytes:
+        asked.append((offset, length))
+        return data[offset : offset + length]
+
+    ahead = ReadAhead(read_at, len(data), 200_000)
+    reader = SegmentReader(ahead, len(data), tail=0)
+    assert [n for n, _ in reader.pages()] == [*range(5, 200, 5)]
+    assert len(reader.groups) == 10
+    assert len(asked) <= 3 + len(data) // 200_000 + len(data) // 262_144 + 2
+    assert all(offset + length <= len(data) for offset, length in asked)

@@ -290,12 +290,12 @@ def test_an_upkeep_that_fails_is_named_and_holds_up_no_commit(
 
 
 def test_a_stop_waits_for_no_upkeep(bucket: Bucket, data: Path) -> None:
-    hangs = threading.Event()
+    hangs, released = threading.Event(), threading.Event()
 
     def hang(operation: str, key: str) -> None:
         if operation == "put" and "/1/" in key:
             hangs.set()
-            threading.Event().wait(20)
+            released.wait(20)
 
     bucket.store.before = hang
     running = Replicator(sweep_s=3600)
@@ -311,6 +311,7 @@ def test_a_stop_waits_for_no_upkeep(bucket: Bucket, data: Path) -> None:
         writer.insert(1)
         assert running.stop(3) == []
         assert time.monotonic() - began < 8
+    released.set()
 
 
 # -- sync --------------------------------------------------------------------------------------------------------------
