@@ -6,7 +6,7 @@ Owns the rules of compaction; what may be deleted afterwards is the chain's to s
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from replicator.layout import SegmentRef
 
@@ -17,14 +17,24 @@ _TOO_MANY_SEGMENTS = 48
 _SMALL_CHANGE = 100
 
 
+Times = Callable[[SegmentRef], tuple[int, int]]
+"""When the first and the last commit of a segment were made, in milliseconds."""
+
+
 def batches(
-    increments: Iterable[SegmentRef], level: int, forks: Collection[int], most: int = MOST_INPUTS
+    increments: Iterable[SegmentRef],
+    level: int,
+    forks: Collection[int],
+    times: Times,
+    span_ms: float,
+    most: int = MOST_INPUTS,
 ) -> list[tuple[SegmentRef, ...]]:
     """What to merge into segments of ``level``: two or more each, that adjoin, of lower levels, after what is at that level already.
 
     increments: of one timeline. forks: txids at which timelines left it; none is crossed, since the part before it belongs to
     both histories, and what crosses one already is as if it were not there. Where a segment is missing the next batch begins
-    after it.
+    after it. The commits of a batch lie within ``span_ms``, so that also of a database that is seldom written hardly a state is
+    lost that lasted longer; what is alone in its time stays as it is.
     """
     known = [ref for ref in increments if not any(ref.first <= fork < ref.last for fork in forks)]
     done = max((ref.last for ref in known if ref.level >= level), default=0)
@@ -32,8 +42,18 @@ def batches(
     for ref in known:
         if ref.level < level and ref.first > done:
             longest[ref.first] = max(longest.get(ref.first, ref), ref, key=lambda one: (one.last, one.level))
-    found = (run[at : at + most] for run in _runs(longest, set(forks)) for at in range(0, len(run), most))
+    found = (batch for run in _runs(longest, set(forks)) for batch in _cut(run, times, span_ms, most))
     return [tuple(batch) for batch in found if len(batch) > 1]
+
+
+def _cut(run: Sequence[SegmentRef], times: Times, span_ms: float, most: int) -> Iterator[list[SegmentRef]]:
+    batch: list[SegmentRef] = []
+    for ref in run:
+        if batch and (len(batch) == most or times(ref)[1] - times(batch[0])[0] > span_ms):
+            yield batch
+            batch = []
+        batch.append(ref)
+    yield batch
 
 
 def _runs(by_first: dict[int, SegmentRef], forks: set[int]) -> Iterator[list[SegmentRef]]:

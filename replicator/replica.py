@@ -182,6 +182,10 @@ class Replica:
             ahead(0, size_bytes)
         return open_segment(ref, ahead, size_bytes)
 
+    def remember_header(self, ref: SegmentRef, header: SegmentHeader) -> None:
+        """Of a segment that was just stored, so that it need not be asked for."""
+        self._headers[ref] = header
+
     def forget_headers(self, gone: Container[SegmentRef]) -> None:
         """Do not keep in memory what was read of these any longer."""
         for ref in [ref for ref in self._headers if ref in gone]:

@@ -25,7 +25,7 @@ from replicator.errors import (
 from replicator.layout import SegmentRef, timeline_key
 from replicator.replica import Replica, decode_timeline
 from replicator.scheduler import Crew
-from replicator.segment import HEADER_SIZE, read_header
+from replicator.segment import HEADER_SIZE, SegmentHeader, read_header
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.values import Position, Timeline, format_time
@@ -51,7 +51,7 @@ class Shipper:
         store: ObjectStore,
         pool: Crew,
         changed: Callable[[], None],
-        arrived: Callable[[SegmentRef], None],
+        arrived: Callable[[SegmentRef, SegmentHeader], None],
         *,
         now_ms: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
@@ -169,7 +169,7 @@ class Shipper:
         failpoints.reach("after-upload")
         if self._spool.mark_shipped(ref):
             self._succeeded(header.last_commit_ms, ref)
-            self._arrived(ref)
+            self._arrived(ref, header)
 
     def _prove_timeline(self, timeline: Timeline, arrived_txid: int) -> None:
         """Once per timeline and process: the store has the record that this writer made, and a chain up to what has arrived there.

@@ -10,16 +10,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from replicator import chain, failpoints, levels
 from replicator.chain import Promise
 from replicator.errors import (
     ChainBroken,
+    FormatError,
     NothingToRestore,
     PreconditionFailed,
     ReplicatorError,
     SegmentDamaged,
+    StateMismatch,
     StoreError,
 )
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
@@ -89,7 +92,7 @@ class Upkeep:
         self._monotonic = monotonic
         self._stopping = threading.Event()
         self._guard = threading.Lock()
-        self._arrived: list[SegmentRef] = []
+        self._arrived: list[tuple[SegmentRef, SegmentHeader]] = []
         self._own: int | None = None
         self._left: int | None = None  # a timeline that is not the newest any more
         self._open: set[SegmentRef] = set()  # of the own timeline, what is still to be merged
@@ -101,13 +104,14 @@ class Upkeep:
         self._retry_s = FIRST_RETRY_S
         self._not_before = 0.0
         self._merges_left = 0
+        self._trouble: ReplicatorError | None = None  # the first thing that could not be done in this step
 
     # -- for other threads ---------------------------------------------------------------------------------------------
 
-    def arrived(self, ref: SegmentRef) -> None:
+    def arrived(self, ref: SegmentRef, header: SegmentHeader) -> None:
         """A segment is in the store."""
         with self._guard:
-            self._arrived.append(ref)
+            self._arrived.append((ref, header))
         self._wake(self, self._settings.levels_s[0] if self._settings.levels_s else self._settings.survey_s)
 
     def stop(self) -> None:
@@ -152,21 +156,34 @@ class Upkeep:
             return None
         now = self._monotonic()
         self._take_arrived(own)
-        self._merges_left = _MERGES_AT_ONCE
+        self._merges_left, self._trouble = _MERGES_AT_ONCE, None
         if self._survey_at is not None and now >= self._survey_at:
             self._survey(own)
         else:
             for level in range(1, len(self._settings.levels_s)):
                 if now >= self._due_at(level):
                     self._compact_open(level)
+        if self._trouble is not None:
+            raise self._trouble
         return self._wait_s()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """What is damaged keeps nothing else from being done; it is raised when the step has done that."""
+        try:
+            yield
+        except (FormatError, ChainBroken, StateMismatch) as error:
+            self._trouble = self._trouble or error
 
     def _take_arrived(self, own: int) -> None:
         with self._guard:
             arrived, self._arrived = self._arrived, []
         if own != self._own:
             self._own, self._open = own, set()
-        self._open |= {ref for ref in arrived if ref.timeline == own and not ref.is_snapshot}
+        for ref, header in arrived:
+            if ref.timeline == own and not ref.is_snapshot:
+                self._open.add(ref)
+                self._replica.remember_header(ref, header)
         if arrived:
             self._survey_no_later_than(self._surveyed_at + self._settings.survey_s)
 
@@ -179,7 +196,7 @@ class Upkeep:
     def _wait_s(self) -> float | None:
         moments = [] if self._survey_at is None else [self._survey_at]
         for level in range(1, len(self._settings.levels_s)):
-            if levels.batches(self._open, level, ()):
+            if self._batches(self._open, level, ()):
                 moments.append(self._due_at(level))
         return max(0.0, min(moments) - self._monotonic()) if moments else None
 
@@ -193,11 +210,21 @@ class Upkeep:
 
     def _compact(self, increments: set[SegmentRef], level: int, forks: Sequence[int]) -> None:
         """Merge what can be, up to the number of merges for one step; ``increments`` of one timeline, to which the new ones are added."""
-        for batch in levels.batches(increments, level, forks):
+        for batch in self._batches(increments, level, forks):
             if self._merges_left == 0:
                 return
             self._merges_left -= 1
-            increments.add(self._merge(batch, level))
+            with self._going_on():
+                increments.add(self._merge(batch, level))
+
+    def _batches(
+        self, increments: Iterable[SegmentRef], level: int, forks: Sequence[int]
+    ) -> list[tuple[SegmentRef, ...]]:
+        return levels.batches(increments, level, forks, self._times, self._settings.levels_s[level - 1] * 1000)
+
+    def _times(self, ref: SegmentRef) -> tuple[int, int]:
+        header = self._replica.header(ref)
+        return header.first_commit_ms, header.last_commit_ms
 
     def _merge(self, parts: Sequence[SegmentRef], level: int) -> SegmentRef:
         """Store the merged segment, read it back and verify it."""
@@ -220,6 +247,8 @@ class Upkeep:
         ref = SegmentRef(ref.timeline, level, ref.first, ref.last, size_bytes)
         self._prove(ref, expected)
         failpoints.reach("after-merge-verified")
+        self._replica.remember_header(ref, expected)
+        self._replica.forget_headers(frozenset(parts))
         log.debug("merged %d segments into %s at %s", len(parts), ref.key, self._url)
         return ref
 
@@ -253,12 +282,16 @@ class Upkeep:
         """List the replica, merge, take a snapshot, and delete, each if it is due."""
         timelines, segments = self._replica.timelines(), set(self._replica.segments())
         self._survey_at, self._surveyed_at = None, self._monotonic()
-        if own not in timelines or chain.newer_than(timelines, own):
+        if own not in timelines:
+            raise ChainBroken(
+                f"{self._url} has no timeline {own} any more; was it emptied? restart to ship all of it anew"
+            )
+        if chain.newer_than(timelines, own):
             log.info("timeline %d of %s is not the newest; upkeep is left to the writer of that one", own, self._url)
             self._left, self._open = own, set()
             return
         top = len(self._settings.levels_s)
-        for number in timelines:
+        for number in sorted(timelines, reverse=True):
             increments = {ref for ref in segments if ref.timeline == number and not ref.is_snapshot}
             forks = [t.fork_txid for t in timelines.values() if t.parent == number and t.fork_txid is not None]
             # Nobody writes the other timelines, so that their levels need not be gone through one by one.
@@ -271,7 +304,8 @@ class Upkeep:
         if self._merges_left == 0:
             self._survey_at = self._monotonic()  # more is to be merged; other databases have their turn first
             return
-        self._snapshot(timelines, segments, own)
+        with self._going_on():
+            self._snapshot(timelines, segments, own)
         self._thin(timelines, segments, own)
 
     def _snapshot(self, timelines: Mapping[int, Timeline], segments: set[SegmentRef], own: int) -> None:
@@ -294,14 +328,27 @@ class Upkeep:
         found = chain.deletable(timelines, segments, self._promises(timelines, segments))
         self._condemned = {ref: self._condemned.get(ref, now) for ref in found}
         ready = {ref for ref, since in self._condemned.items() if now - since >= self._settings.grace_s}
-        if ready and self._delete(timelines, segments, ready, {by for ref in ready for by in found[ref]}, own):
+        damaged = self._damaged({by for ref in ready for by in found[ref]})
+        ready = {ref for ref in ready if not found[ref] & damaged}
+        if ready and self._delete(timelines, segments, ready, own):
             segments -= ready
+            self._open -= ready
         self._proven &= segments
         self._replica.forget_headers(_Outside(segments))
         if self._condemned:
             self._survey_no_later_than(now + max(self._settings.survey_s, self._settings.grace_s))
         elif chain.deletable(timelines, segments, [Promise(own, MAX_TXID, MAX_TXID)]):
             self._survey_no_later_than(now + SETTLE_S)
+
+    def _damaged(self, replacements: Iterable[SegmentRef]) -> set[SegmentRef]:
+        """Those that cannot be read as they should be: nothing goes on their account."""
+        damaged: set[SegmentRef] = set()
+        for ref in replacements:
+            damaged.add(ref)
+            with self._going_on():
+                self._prove(ref)
+                damaged.remove(ref)
+        return damaged
 
     def _promises(self, timelines: Mapping[int, Timeline], segments: set[SegmentRef]) -> list[Promise]:
         """One for each timeline that was written, or was the newest, at some time in the window."""
@@ -339,12 +386,9 @@ class Upkeep:
         timelines: Mapping[int, Timeline],
         segments: set[SegmentRef],
         ready: set[SegmentRef],
-        replacements: Iterable[SegmentRef],
         own: int,
     ) -> bool:
         """False when a timeline was begun meanwhile, which may need what was to go."""
-        for ref in replacements:
-            self._prove(ref)
         _check_still_restorable(timelines, segments, ready, own)
         if self._replica.timelines() != timelines:
             self._survey_at = self._monotonic()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicator import chain
+from replicator import chain, levels
 from replicator.chain import Promise, deletable
 from replicator.errors import ChainBroken
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
-from replicator.levels import batches, snapshot_is_worth_it, unmerged
+from replicator.levels import snapshot_is_worth_it, unmerged
 from replicator.values import Position, Timeline
 
 TOP = 2
@@ -29,6 +30,13 @@ def snap(timeline: int, txid: int, size_bytes: int = 0) -> SegmentRef:
 
 def seg(timeline: int, first: int, last: int | None = None, level: int = 0, size_bytes: int = 0) -> SegmentRef:
     return SegmentRef(timeline, level, first, first if last is None else last, size_bytes)
+
+
+def batches(
+    refs: list[SegmentRef], level: int, forks: Collection[int], most: int = 64, span_ms: float = 1e9
+) -> list[tuple[SegmentRef, ...]]:
+    """With a commit a second."""
+    return levels.batches(refs, level, forks, lambda ref: (ref.first * 1000, ref.last * 1000), span_ms, most)
 
 
 ONE = {1: record(1)}
@@ -65,6 +73,13 @@ def test_no_batch_crosses_a_fork() -> None:
 def test_many_segments_are_merged_in_several_batches() -> None:
     refs = [seg(1, n) for n in range(2, 12)]
     assert [len(batch) for batch in batches(refs, 1, (), most=4)] == [4, 4, 2]
+
+
+def test_a_batch_spans_no_more_time_than_its_level() -> None:
+    refs = [seg(1, n) for n in (2, 3, 4, 5, 6, 7)]
+    assert batches(refs, 1, (), span_ms=2000) == [tuple(refs[:3]), tuple(refs[3:])]
+    assert batches([*refs[:3], seg(1, 5, 90, 1)], 2, (), span_ms=2000) == [tuple(refs[:3])]
+    assert batches(refs, 1, (), span_ms=999) == []
 
 
 def test_where_a_segment_is_missing_the_next_batch_begins_after_it() -> None:
