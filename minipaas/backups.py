@@ -141,7 +141,7 @@ class BucketBackups:
             volume_id=volume_id,
             path=status.path,
             words=status.words,
-            reason=status.reason,
+            reason=status.reason or status.upkeep_problem,
             lag_s=status.lag_s,
             durable_txid=durable.txid if durable else 0,
             timeline=durable.timeline if durable else 0,

@@ -28,8 +28,9 @@ class DatabaseState:
     """One database and how safe it is.
 
     volume_id: '' for the state database. words: 'protected (lag 0.2 s)', 'catching up' or 'NOT PROTECTED'; reason says
-    why it is not. lag_s: age of the oldest commit that is not durable, 0 when all are. durable_ms: wall clock of the last
-    durable commit, UTC milliseconds since 1970; None before the first. size_bytes: of the database file.
+    why it is not, or what keeps its replica from being compacted. lag_s: age of the oldest commit that is not durable,
+    0 when all are. durable_ms: wall clock of the last durable commit, UTC milliseconds since 1970; None before the first.
+    size_bytes: of the database file.
     """
 
     volume_id: str
