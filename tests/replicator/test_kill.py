@@ -114,7 +114,7 @@ def test_a_kill_at_any_point_of_the_upkeep_loses_nothing_that_was_durable(failpo
             durable = -1
             while durable < storm["committed"]:
                 durable = int(running.stdout.readline().split()[0])
-            wait_for(lambda: len(objects(store)) < 20, what="a replica that is thinned")
+            wait_for(lambda: len(list(store.list())) < 20, what="a replica that is thinned")
         assert restored_rows(store, tmp_path) == list(range(1, storm["committed"] + 1))
         writer.empty_wal()
         assert restored(store, tmp_path).read_bytes() == writer.path.read_bytes()
