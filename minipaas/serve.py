@@ -369,6 +369,8 @@ def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIS
             threads=limits.api_threads,
             max_request_body_size=limits.upload_bytes,
             channel_request_lookahead=1,
+            # select() ends at descriptor 1023, which a node with many databases exceeds.
+            asyncore_use_poll=True,
             ident=None,
         )
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -128,6 +130,29 @@ def test_credentials_come_from_the_environment_before_the_file(settings: Setting
 
 
 # -- serve
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """More than select() can tell apart, as a node with many databases has."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    null = os.open(os.devnull, os.O_RDONLY)
+    held = [null, *(os.dup(null) for _ in range(1100))]
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_api_answers_when_more_than_a_thousand_files_are_open(
+    settings: Settings, host: Host, many_open_files: None
+) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    assert requests.get(f"http://{settings.api_listen}/v1/status", timeout=5).status_code == 401
+    server.stop()
 
 
 def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> None:
