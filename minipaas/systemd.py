@@ -29,7 +29,7 @@ StartLimitIntervalSec=0
 [Service]
 Type=exec
 ExecStart={quoted(python)} -P -m minipaas serve --data {quoted(data_dir)}
-# NAME=value lines, mode 0600: DOCKER_HOST, AWS_CA_BUNDLE, or keys of the bucket that are not in the data directory.
+# NAME=value lines, mode 0600, if there is one: MINIPAAS_ACCESS_KEY, MINIPAAS_SECRET_KEY, DOCKER_HOST, AWS_CA_BUNDLE.
 EnvironmentFile=-{ENVIRONMENT_FILE}
 SyslogIdentifier=minipaas
 Restart=always
