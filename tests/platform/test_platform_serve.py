@@ -13,9 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import requests
+from click.testing import CliRunner
 from platform_support import GUESTBOOK, OWNER, QUICK, SITE, FakeBackups, FakeProber, WatchedEngine, until
 
 from minipaas.access import read_local_token
+from minipaas.cli import root
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine.fake import make_image
 from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
@@ -164,6 +166,17 @@ def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> Non
     assert requests.get(url, headers=headers, timeout=5).json()["name"] == "a"
     assert requests.get(url, timeout=5).status_code == 401
     server.stop()
+
+
+def test_a_command_that_sets_a_secret_names_the_release_that_runs_with_it(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_site(server, host)
+    arguments = ["secrets", "set", "--data", str(settings.data_dir), "-a", "site", "KEY=hush"]
+    said = CliRunner().invoke(root, arguments, catch_exceptions=False).output
+    server.stop()
+    assert said == "1 set; v2 runs with them\n"
 
 
 def replace_port(settings: Settings) -> Settings:
