@@ -1,7 +1,7 @@
 """Every way in which the platform fails: one failure, one class, one message, one exit code, one HTTP status.
 
 Owns the exception tree. Foreign exceptions are translated to these at the adapter that met them, ``raise … from``.
-Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out.
+Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out, 6 another node has the fleet.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class WrongRecoveryKey(PlatformError):
 
 
 class FleetHeld(Conflict):
-    """Another node holds the bucket and is alive."""
+    """Another node holds the bucket, or has had it since: this one must not go on. The systemd unit does not start it again."""
+
+    exit_code = 6
 
 
 class Unavailable(PlatformError):

@@ -113,6 +113,8 @@ class Server:
                 sentences.append("a change was under way; it goes on at the next start")
         sentences += self._ship(limits.stop_sync_s)
         self._open.close()
+        if self.lost:
+            PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
         return sentences
 
     def _build(self, undo: ExitStack) -> None:
@@ -192,6 +194,7 @@ class Server:
             failures.append(f"the engine could not be asked what runs here, stop it by hand: {error}")
         for failure in failures:
             log.error(failure)
+        PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
 
     def _ship(self, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
@@ -341,6 +344,8 @@ def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIS
             threads=limits.api_threads,
             max_request_body_size=limits.upload_bytes,
             channel_request_lookahead=1,
+            # select() ends at descriptor 1023, which a node with many databases exceeds.
+            asyncore_use_poll=True,
             ident=None,
         )
     except OSError as error:

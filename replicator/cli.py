@@ -309,7 +309,7 @@ def _explained(store: ObjectStore, nothing_is_fine: bool) -> Iterator[list[bool]
 
         names = list(catalogue.entries(store))
         if names:
-            first = f"{store.url.rstrip('/')}/db/{catalogue.encode(names[0])}"
+            first = catalogue.replica_of(store, names[0]).url
             raise UsageError(
                 f"{store.url} holds a folder of {len(names)} databases; name one of them, such as {first}"
             ) from error
@@ -456,7 +456,7 @@ def _entries(url: str, config: Config | None) -> list[dict[str, Any]]:
 
     store, _ = _replica_of(url, config)
     return [
-        {"path": str(name), "url": f"{store.url.rstrip('/')}/db/{catalogue.encode(name)}", "mode": f"{entry.mode:04o}"}
+        {"path": str(name), "url": catalogue.replica_of(store, name).url, "mode": f"{entry.mode:04o}"}
         for name, entry in sorted(catalogue.entries(store).items())
     ]
 

@@ -1,6 +1,6 @@
 """The command line. Owns the root command and how errors end it; each group of commands has a file of its own.
 
-Never does what the server does: but for ``setup``, ``serve``, ``recover`` and ``down``, every command is a client of the API.
+Never does what the server does: but for those of ``node``, every command is a client of the API.
 """
 
 from __future__ import annotations

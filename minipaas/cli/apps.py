@@ -277,8 +277,10 @@ def unset(client: Client, names: tuple[str, ...], app: str) -> None:
     click.echo(_changed(len(names), "removed", answer["release"]))
 
 
-def _changed(count: int, what: str, release: int | None) -> str:
-    return f"{count} {what}" + (f"; v{release} runs with them" if release else "; the first release will run with them")
+def _changed(count: int, what: str, release: dict[str, Any] | None) -> str:
+    if release is None:
+        return f"{count} {what}; the first release will run with them"
+    return f"{count} {what}; v{release['number']} runs with them"
 
 
 COMMANDS = (apps, status, logs, restart, destroy, releases, volumes, secrets)

@@ -1,6 +1,6 @@
-"""Commands about the node itself: ``setup``, ``serve``, ``recover``, ``down``. Owns the wiring of the real parts.
+"""Commands about the node itself: ``setup``, ``serve``, ``recover``, ``down``, ``systemd-unit``. Owns the wiring of the real parts.
 
-These four work on the node's data directory, on this host; everything else is a client of the API.
+These five work on the node's data directory, on this host; everything else is a client of the API.
 """
 
 from __future__ import annotations
@@ -149,6 +149,21 @@ def down(data_dir: Path) -> None:
     stop_everything(settings, _wiring(settings), click.echo)
 
 
+@click.command("systemd-unit")
+@data_option
+def systemd_unit(data_dir: Path) -> None:
+    """Print a systemd unit that runs ``serve`` for this node, with the minipaas that prints it.
+
+    \b
+    minipaas systemd-unit > /etc/systemd/system/minipaas.service
+    systemctl daemon-reload && systemctl enable --now minipaas
+    """
+    from minipaas import systemd
+
+    settings = read_settings(data_dir.absolute())
+    click.echo(systemd.unit(Path(sys.executable), settings.data_dir), nl=False)
+
+
 def _serve(settings: Settings) -> None:
     from minipaas.serve import Server
     from minipaas.serve import serve as run
@@ -196,4 +211,4 @@ def _recovery_key(path: Path | None) -> str:
     return key
 
 
-COMMANDS = (setup, serve, recover, down)
+COMMANDS = (setup, serve, recover, down, systemd_unit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -11,9 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import requests
+from click.testing import CliRunner
 from platform_support import GUESTBOOK, OWNER, QUICK, SITE, FakeBackups, FakeProber, WatchedEngine, until
 
 from minipaas.access import read_local_token
+from minipaas.cli import root
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine.fake import make_image
 from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
@@ -136,6 +140,29 @@ def test_credentials_come_from_the_environment_before_the_file(settings: Setting
 # -- serve
 
 
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """More than select() can tell apart, as a node with many databases has."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    null = os.open(os.devnull, os.O_RDONLY)
+    held = [null, *(os.dup(null) for _ in range(1100))]
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_api_answers_when_more_than_a_thousand_files_are_open(
+    settings: Settings, host: Host, many_open_files: None
+) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    assert requests.get(f"http://{settings.api_listen}/v1/status", timeout=5).status_code == 401
+    server.stop()
+
+
 def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> None:
     settings = replace_port(settings)
     server = Server(settings, host.wiring)
@@ -145,6 +172,17 @@ def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> Non
     assert requests.get(url, headers=headers, timeout=5).json()["name"] == "a"
     assert requests.get(url, timeout=5).status_code == 401
     server.stop()
+
+
+def test_a_command_that_sets_a_secret_names_the_release_that_runs_with_it(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_site(server, host)
+    arguments = ["secrets", "set", "--data", str(settings.data_dir), "-a", "site", "KEY=hush"]
+    said = CliRunner().invoke(root, arguments, catch_exceptions=False).output
+    server.stop()
+    assert said == "1 set; v2 runs with them\n"
 
 
 def replace_port(settings: Settings) -> Settings:
