@@ -1,7 +1,7 @@
 """Every way in which the platform fails: one failure, one class, one message, one exit code, one HTTP status.
 
 Owns the exception tree. Foreign exceptions are translated to these at the adapter that met them, ``raise … from``.
-Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out.
+Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -72,6 +72,12 @@ class Unavailable(PlatformError):
 class TimedOut(PlatformError):
     exit_code = 5
     http_status = 504
+
+
+class Interrupted(PlatformError):
+    """The user ended a command while the node may have been carrying it out; the message says where to look."""
+
+    exit_code = 130
 
 
 class TooMuch(PlatformError):

@@ -121,28 +121,39 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def look(directory: Path) -> Path | None:
+    """The manifest of a source directory, None when it has none."""
+    return next((directory / name for name in FILE_NAMES if (directory / name).is_file()), None)
+
+
 def find(directory: Path) -> Path:
-    """The manifest of a source directory. Raises ManifestError that shows how to write one."""
-    for name in FILE_NAMES:
-        if (directory / name).is_file():
-            return directory / name
-    raise ManifestError(
-        f"there is neither minipaas.toml nor fly.toml in {directory}; write a minipaas.toml such as:\n{EXAMPLE}"
-    )
+    """The manifest of a source directory. Raises ManifestError that says how to write one."""
+    found = look(directory)
+    if found is None:
+        raise ManifestError(
+            f"{directory.absolute()} has neither minipaas.toml nor fly.toml; write one (`minipaas deploy --help` shows it), "
+            "or name the app with --app"
+        )
+    return found
 
 
-def load(path: Path) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest in a file, and warnings. Raises ManifestError."""
+def read(path: Path) -> str:
+    """The text of a manifest. Raises ManifestError."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ManifestError(f"{path}:1: cannot be read: {error.strerror}") from error
     try:
-        return parse(raw.decode(), str(path))
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ManifestError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8") from error
+
+
+def load(path: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest in a file, and warnings. Raises ManifestError."""
+    return parse(read(path), str(path))
 
 
 def parse(text: str, file: str) -> tuple[Manifest, tuple[str, ...]]:

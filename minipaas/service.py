@@ -31,7 +31,7 @@ from minipaas.errors import (
     TimedOut,
     Unavailable,
 )
-from minipaas.manifest import Manifest
+from minipaas.manifest import HttpService, Manifest
 from minipaas.model import (
     App,
     Machine,
@@ -75,10 +75,13 @@ def _silent(progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args."""
+    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args.
+
+    manifest None: the configuration of the last release that was live, or the usual one for an app that never had one.
+    """
 
     source: Source
-    manifest: str
+    manifest: str | None
     file: str = "minipaas.toml"
     build_args: Mapping[str, str] = field(default_factory=dict)
 
@@ -252,6 +255,8 @@ class Platform:
     # -- a deploy, step by step
 
     def _read_manifest(self, name: str, request: DeployRequest, on_progress: OnProgress) -> Manifest:
+        if request.manifest is None:
+            return self._manifest_without_file(name, on_progress)
         manifest, warnings = manifests.parse(request.manifest, request.file)
         for warning in warnings:
             on_progress(Progress("warning", warning))
@@ -260,6 +265,22 @@ class Platform:
                 f"{request.file} says app = {manifest.app!r}, but {name!r} is to be deployed; change one of them"
             )
         return manifest
+
+    def _manifest_without_file(self, name: str, on_progress: OnProgress) -> Manifest:
+        """Of the last release that was live: whoever sends no file means to change nothing in it, its volumes least of all."""
+        served = (ReleaseStatus.LIVE, ReleaseStatus.SUPERSEDED)
+        last = next((release for release in self._state.releases(name) if release.status in served), None)
+        if last is not None:
+            on_progress(Progress("step", f"configured as v{last.number}, since no file came with it"))
+            return Manifest.from_json(last.config)
+        on_progress(
+            Progress(
+                "warning",
+                f"no minipaas.toml came with it: {name} is to listen on $PORT, and has no volume, so that what it writes is lost "
+                "with its container",
+            )
+        )
+        return Manifest(http_service=HttpService())
 
     def _ensure_app(self, principal: Principal, name: str, on_progress: OnProgress) -> None:
         try:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaas.errors import ManifestError
-from minipaas.manifest import MAX_BYTES, Build, Check, HttpService, Manifest, Mount, find, load, parse
+from minipaas.manifest import EXAMPLE, MAX_BYTES, Build, Check, HttpService, Manifest, Mount, find, load, parse
 from minipaas.toml_lines import key_lines
 
 FULL = """
@@ -201,11 +201,12 @@ def test_minipaas_toml_goes_before_fly_toml(tmp_path):
     assert find(tmp_path).name == "minipaas.toml"
 
 
-def test_a_directory_without_manifest_gets_an_example_that_works(tmp_path):
+def test_a_directory_without_manifest_is_told_on_one_line_where_an_example_is(tmp_path):
     with pytest.raises(ManifestError, match="neither minipaas.toml nor fly.toml") as error:
         find(tmp_path)
-    example = str(error.value).partition(":\n")[2]
-    assert parse(example, "f")[0].mounts[0].destination == "/data"
+    assert "\n" not in str(error.value)
+    assert "minipaas deploy --help" in str(error.value)
+    assert parse(EXAMPLE, "f")[0].mounts[0].destination == "/data"
 
 
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
