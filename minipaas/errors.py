@@ -49,7 +49,7 @@ class Conflict(PlatformError):
 
 
 class NodeNotEmpty(Conflict):
-    """Recovery and setup refuse a data directory, or an engine, that already holds something."""
+    """Setup and recovery need an empty data directory, and this one holds something."""
 
     exit_code = 2
 
