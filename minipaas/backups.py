@@ -36,6 +36,7 @@ from replicator import (
     catalogue,
     mark_restored,
     open_store,
+    raise_descriptor_limit,
     restore,
 )
 
@@ -109,6 +110,7 @@ class BucketBackups:
         return self._bucket.sub(IMAGES)
 
     def start(self) -> None:
+        raise_descriptor_limit()
         with _translated():
             self._replicator.start()
             self._replicator.add(

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import click
 
-from minipaas.cli import apps, deploy, node, text
+from minipaas.cli import apps, deploy, node
 from minipaas.errors import Interrupted, PlatformError
-from replicator import ReplicatorError
+from replicator import ReplicatorError, printable
 
 
 class _Commands(click.Group):
@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {text.printable(' '.join(message.split()))}", err=True)
+    click.echo(f"Error: {printable(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -105,7 +105,7 @@ class _Fields(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = [f"{name}={value}" for name, value in vars(record).items() if name not in self.STANDARD]
-        return text.printable(" ".join([super().formatMessage(record), *fields]))
+        return printable(" ".join([super().formatMessage(record), *fields]))
 
 
 def _log_to_stderr(level: int) -> None:

@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from replicator import printable
+
 WIDE = 400
 """Columns, where the output is not a terminal: nothing is cut off in a file or a pipe."""
 
-_CONTROL = "\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
-"""Controls, what turns the direction of writing, and halves of characters that names of files bring."""
-_UNPRINTABLE = re.compile(f"[{_CONTROL}]")
-_OBEYED = re.compile(rf"\x1b\[[0-9;]*m|\t|([{_CONTROL}])")
+_COLOURS_AND_TABS = re.compile(r"(\x1b\[[0-9;]*m|\t)")
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 
@@ -40,16 +39,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> 
     console.print(shown)
 
 
-def printable(value: str) -> str:
-    """The same on one line, with everything that a terminal or a log would take for more than text written as an escape."""
-    return _UNPRINTABLE.sub(_escaped, value)
-
-
 def output_of_app(line: str) -> str:
     """A line that an app or a build wrote: as it is for a file or a pipe; a terminal gets its text, tabs and colours only."""
     if not sys.stdout.isatty():
         return line
-    return _OBEYED.sub(lambda match: _escaped(match) if match[1] else match[0], line)
+    parts = _COLOURS_AND_TABS.split(line)
+    return "".join(part if number % 2 else printable(part) for number, part in enumerate(parts))
 
 
 def say(sentence: str) -> None:
@@ -60,10 +55,6 @@ def say(sentence: str) -> None:
 def note(sentence: str) -> None:
     """One line on standard error: what is going on, beside the answer."""
     click.echo(printable(sentence), err=True)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode()
 
 
 def as_json(value: object) -> None:

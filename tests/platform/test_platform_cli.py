@@ -184,7 +184,6 @@ def test_an_api_that_is_no_url_is_named(terminal: Terminal, url: str) -> None:
 
 
 def test_nothing_that_a_terminal_obeys_gets_out_of_names_and_errors(terminal: Terminal) -> None:
-    assert text.printable("a\x1b[2J\nb\u202e\udcff") == "a\\x1b[2J\\nb\\u202e\\udcff"
     assert "\x1b" not in terminal.refused("status", "x\x1b[31m", code=1)
 
 
