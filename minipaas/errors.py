@@ -120,7 +120,7 @@ class VolumeGone(Unavailable):
 
 
 class DeployFailed(PlatformError):
-    """The new release did not become healthy; the message says why, and the old one goes on serving."""
+    """The new release did not become healthy; the message says why, and whether the old one serves."""
 
     http_status = 422
 

@@ -321,9 +321,9 @@ class Platform:
             self._settled(name, lines, on_progress)
             self._state.add_release(self._new_release(name, number, tag, digest, config))
             self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
-        release = self._state.release(name, number)
-        if release.status == ReleaseStatus.FAILED:
-            raise DeployFailed(f"{name} v{number}: {release.message}{self._still_serving(name)}")
+            release = self._state.release(name, number)
+            if release.status == ReleaseStatus.FAILED:
+                raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
         self._drop_old_images(name)
         return views.release_view(release)
 
@@ -359,16 +359,32 @@ class Platform:
     def _decided(self, name: str, number: int) -> bool:
         return self._state.release(name, number).status != ReleaseStatus.DEPLOYING
 
-    def _still_serving(self, name: str) -> str:
+    def _back(self, name: str, lines: queue.Queue[str], on_progress: OnProgress) -> str:
+        """Wait until the release before a failed one serves; words for what is true by then."""
         live = self._state.desired(name).live
-        return f"\nv{live.number} goes on serving." if live else ""
+        if live is None:
+            return ""
+        limit_s = self._world.limits.restart_wait_s
+        try:
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name) and self._reached(name))
+        except (TimedOut, Unavailable) as error:
+            return f"; v{live.number} does not serve either: {error}"
+        return f"; v{live.number} goes on serving" if self._state.desired(name).live else ""
+
+    def _reached(self, name: str) -> bool:
+        """Requests go to it, if any are to."""
+        route = self._world.router.route(name)
+        return route is None or (bool(route.upstreams) and not route.held)
+
+    def _is_up(self, machine: Machine) -> bool:
+        container = self._world.facts.container(container_name(machine))
+        return container is not None and runs(container, machine) and container.id in self._world.facts.healthy()
 
     def _restarted(self, name: str) -> bool:
         """Every machine runs since the restart and is healthy. Raises Unavailable when one has failed."""
         facts = self._world.facts
         for machine in self._state.machines(name):
-            container = facts.container(container_name(machine))
-            if container is None or not runs(container, machine) or container.id not in facts.healthy():
+            if not self._is_up(machine):
                 words = facts.words(machine.id)
                 if words and facts.wait_before_start(machine) > 0:
                     raise Unavailable(f"{name} does not come up again: {words}; see: minipaas logs")
