@@ -42,7 +42,7 @@ def _version() -> str:
         return "from a clone"
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(_version(), prog_name="minipaas")
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def root(debug: bool) -> None:

@@ -113,8 +113,11 @@ def _show_app(app: dict[str, Any]) -> None:
     text.say(f"{app['name']}: {app['state']}, {release}  {app['url']}")
     if app["words"]:
         text.say(f"  {app['words']}")
+    last = app["last_release"]
+    if last and last["status"] == "failed" and last["message"] != app["words"]:
+        text.say(f"  v{last['number']} failed: {last['message']}")
     if app["purge_after_ms"]:
-        click.echo(f"  its data is kept until {text.moment(app['purge_after_ms'], _now_ms())}")
+        text.say(f"  its data is kept until {text.moment(app['purge_after_ms'], _now_ms())}")
     now_ms = _now_ms()
     machines = [
         (m["id"], m["state"], f"v{m['release']}", m["group"], m["node"], text.ago(m["started_ms"], now_ms), m["words"])

@@ -19,7 +19,7 @@ import click
 import requests
 
 from minipaas import access, errors
-from minipaas.errors import BadRequest, Interrupted, NotAuthorised, PlatformError, TimedOut, Unavailable
+from minipaas.errors import BadRequest, Interrupted, NotAuthorised, NotFound, PlatformError, TimedOut, Unavailable
 from minipaas.settings import DEFAULT_DATA_DIR, listen_address, read_settings
 
 CONNECT_S = 5.0
@@ -38,7 +38,13 @@ class Server:
     def url(self) -> str:
         if self.api:
             return _server_url(self.api)
-        host, port = listen_address(read_settings(self.data).api_listen, "api_listen")
+        try:
+            settings = read_settings(self.data)
+        except NotFound as error:
+            raise NotFound(
+                f"there is no node in {self.data}; name its directory with --data, or a node elsewhere with --api and MINIPAAS_TOKEN"
+            ) from error
+        host, port = listen_address(settings.api_listen, "api_listen")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -49,9 +55,8 @@ class Server:
         try:
             return path.read_text().strip()
         except OSError as error:
-            raise NotAuthorised(
-                f"no token: {path}: {error.strerror}; set MINIPAAS_TOKEN and MINIPAAS_API, or name --data"
-            ) from error
+            why = f"in {path}: {error.strerror}" if not self.api else f"for {self.api}"
+            raise NotAuthorised(f"there is no token {why}; set MINIPAAS_TOKEN, or be root on the node") from error
 
 
 def _server_url(text: str) -> str:

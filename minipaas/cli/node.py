@@ -34,6 +34,13 @@ data_option = click.option("--data", "data_dir", type=click.Path(path_type=Path,
                            envvar="MINIPAAS_DATA", show_default=True, help="Where this node keeps everything.")  # fmt: skip
 
 
+def _fixed_port(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A port that the system chooses would be another one at every start, and nobody would find it."""
+    if value.rpartition(":")[2] == "0":
+        raise BadRequest(f"{param.opts[0]} {value}: there is no port 0; choose one from 1 to 65535")
+    return value
+
+
 def node_options(command: Callable[..., None]) -> Callable[..., None]:
     """What a node is told when it is made, by ``setup`` and by ``recover``."""
     options = (
@@ -45,8 +52,10 @@ def node_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--name", "node", required=True, help="Of this node."),
         click.option("--region", required=True, help="Where it is, such as ams."),
         click.option("--domain", default="", help="Apps answer to APP.DOMAIN  [setup: localhost; recover: as before]"),
-        click.option("--http", "http_listen", default="0.0.0.0:80", show_default=True, help="Where apps are reached."),
-        click.option("--api", "api_listen", default="127.0.0.1:7070", show_default=True, help="Where API and page are reached."),
+        click.option("--http", "http_listen", default="0.0.0.0:80", show_default=True, callback=_fixed_port,
+                     help="Where apps are reached."),
+        click.option("--api", "api_listen", default="127.0.0.1:7070", show_default=True, callback=_fixed_port,
+                     help="Where API and page are reached."),
         click.option("--engine", default="", help="URL of a container engine's API; else one is found, or Podman is run."),
     )  # fmt: skip
     for option in reversed(options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from platform_support import GUESTBOOK, OWNER, QUICK, SITE, Live
+from rich.console import Console
 from werkzeug.serving import make_server
 
 from minipaas import cli
@@ -88,8 +88,15 @@ def terminal(
 
 
 def interrupt_after(event: threading.Event) -> None:
-    """Ctrl-C in this process."""
-    threading.Thread(target=lambda: event.wait(10.0) and os.kill(os.getpid(), signal.SIGINT), daemon=True).start()
+    """Ctrl-C for the main thread, which waits for an answer by then."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def press() -> None:
+        if event.wait(10.0):
+            signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
 
 
 # -- secrets
@@ -192,3 +199,26 @@ def test_a_terminal_gets_colours_of_an_app_and_no_other_escapes(monkeypatch: pyt
     assert text.output_of_app(line) == line
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert text.output_of_app(line) == "\x1b[31mred\x1b[0m\t\\x1b]0;title\\x07\\rx"
+
+
+def test_a_table_that_is_too_wide_for_the_terminal_is_shown_one_below_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("guestbook", "/var/lib/app.db", "protected"), ("site", "", "failed")]
+    text.table(("APP", "DATABASE", "STATE"), rows, "none")
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["APP", "DATABASE", "STATE"],
+        ["guestbook", "/var/lib/app.db", "protected"],
+        ["site", "failed"],
+    ]
+    monkeypatch.setattr(text, "console", Console(width=20))
+    text.table(("APP", "DATABASE", "STATE"), rows, "none")
+    assert capsys.readouterr().out.splitlines() == [
+        "APP       guestbook",
+        "DATABASE  /var/lib/app.db",
+        "STATE     protected",
+        "",
+        "APP       site",
+        "STATE     failed",
+        "",
+    ]

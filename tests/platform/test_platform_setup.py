@@ -58,6 +58,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     [
         (("--bucket", "memory://x"), "Error: memory://x ends with the process, and everything in it"),
         (("--http", "0.0.0.0:80", "--api", "127.0.0.1:80"), "http_listen and api_listen are the same port, 80"),
+        (("--api", "127.0.0.1:0"), "--api 127.0.0.1:0: there is no port 0"),
         (("--api", "127.0.0.1:70000"), "api_listen '127.0.0.1:70000': there is no port 70000"),
         (("--api", "foo"), "api_listen 'foo' is not an address; write HOST:PORT"),
         (("--domain", "https://Apps.Example.com:443/"), "is not a domain for apps; did you mean apps.example.com?"),
