@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,16 +88,25 @@ def terminal(
     server.server_close()
 
 
-def interrupt_after(event: threading.Event) -> None:
-    """Ctrl-C for the main thread, which waits for an answer by then."""
-    main = threading.main_thread().ident
+@contextmanager
+def interrupted_after(event: threading.Event) -> Iterator[None]:
+    """Ctrl-C for the main thread, and again while nothing comes of it: one that arrives just before a system call is not noticed."""
+    main, ended = threading.main_thread().ident, threading.Event()
     assert main is not None
 
     def press() -> None:
-        if event.wait(10.0):
+        event.wait(10.0)
+        while not ended.is_set():
             signal.pthread_kill(main, signal.SIGINT)
+            ended.wait(1.0)
 
-    threading.Thread(target=press, daemon=True).start()
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # -- secrets
@@ -140,8 +150,8 @@ def test_who_interrupts_a_change_is_told_that_it_goes_on(
     terminal.deploy(SITE, "site")
     live = terminal.live
     with live.platform._turns.take("site", "a test", lambda holder: None):
-        interrupt_after(terminal.changing)
-        words = terminal.refused(*command, code=130)
+        with interrupted_after(terminal.changing):
+            words = terminal.refused(*command, code=130)
     assert change in words
     assert words.endswith("goes on at the node; look with: minipaas status site")
 
@@ -149,8 +159,8 @@ def test_who_interrupts_a_change_is_told_that_it_goes_on(
 def test_a_deploy_that_is_interrupted_says_that_it_goes_on(terminal: Terminal) -> None:
     terminal.deploy(SITE, "site")
     with terminal.live.platform._turns.take("site", "a test", lambda holder: None):
-        interrupt_after(terminal.changing)
-        terminal.run("deploy", "--image", "site", "-a", "site", code=130)
+        with interrupted_after(terminal.changing):
+            terminal.run("deploy", "--image", "site", "-a", "site", code=130)
     assert "the deploy may be recorded by now and then goes on at the node" in terminal.err
 
 
