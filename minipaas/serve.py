@@ -36,7 +36,7 @@ from minipaas.reconcile import Reconciler, StopClock
 from minipaas.router import Router
 from minipaas.sealing import Sealer, read_node_identity
 from minipaas.service import Parts, Platform
-from minipaas.settings import Limits, Settings, listen_address
+from minipaas.settings import Limits, Settings, listen_address, settings_path
 from minipaas.sources import Builder
 from minipaas.state import State
 from minipaas.tenure import Lease, Tenure, close_edge, end_containers
@@ -350,5 +350,6 @@ def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIS
         )
     except OSError as error:
         raise Unavailable(
-            f"the API cannot listen on {settings.api_listen}: {error.strerror}; set api_listen"
+            f"the API cannot listen on {settings.api_listen}: {error.strerror}; stop what uses it, or set another api_listen in "
+            f"{settings_path(settings.data_dir)}"
         ) from error

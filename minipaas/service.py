@@ -31,7 +31,7 @@ from minipaas.errors import (
     TimedOut,
     Unavailable,
 )
-from minipaas.manifest import Manifest
+from minipaas.manifest import HttpService, Manifest
 from minipaas.model import (
     App,
     Machine,
@@ -75,10 +75,13 @@ def _silent(progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args."""
+    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args.
+
+    manifest None: the configuration of the last release that was live, or the usual one for an app that never had one.
+    """
 
     source: Source
-    manifest: str
+    manifest: str | None
     file: str = "minipaas.toml"
     build_args: Mapping[str, str] = field(default_factory=dict)
 
@@ -252,6 +255,8 @@ class Platform:
     # -- a deploy, step by step
 
     def _read_manifest(self, name: str, request: DeployRequest, on_progress: OnProgress) -> Manifest:
+        if request.manifest is None:
+            return self._manifest_without_file(name, on_progress)
         manifest, warnings = manifests.parse(request.manifest, request.file)
         for warning in warnings:
             on_progress(Progress("warning", warning))
@@ -260,6 +265,22 @@ class Platform:
                 f"{request.file} says app = {manifest.app!r}, but {name!r} is to be deployed; change one of them"
             )
         return manifest
+
+    def _manifest_without_file(self, name: str, on_progress: OnProgress) -> Manifest:
+        """Of the last release that was live: whoever sends no file means to change nothing in it, its volumes least of all."""
+        served = (ReleaseStatus.LIVE, ReleaseStatus.SUPERSEDED)
+        last = next((release for release in self._state.releases(name) if release.status in served), None)
+        if last is not None:
+            on_progress(Progress("step", f"configured as v{last.number}, since no file came with it"))
+            return Manifest.from_json(last.config)
+        on_progress(
+            Progress(
+                "warning",
+                f"no minipaas.toml came with it: {name} is to listen on $PORT, and has no volume, so that what it writes is lost "
+                "with its container",
+            )
+        )
+        return Manifest(http_service=HttpService())
 
     def _ensure_app(self, principal: Principal, name: str, on_progress: OnProgress) -> None:
         try:
@@ -300,9 +321,9 @@ class Platform:
             self._settled(name, lines, on_progress)
             self._state.add_release(self._new_release(name, number, tag, digest, config))
             self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
-        release = self._state.release(name, number)
-        if release.status == ReleaseStatus.FAILED:
-            raise DeployFailed(f"{name} v{number}: {release.message}{self._still_serving(name)}")
+            release = self._state.release(name, number)
+            if release.status == ReleaseStatus.FAILED:
+                raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
         self._drop_old_images(name)
         return views.release_view(release)
 
@@ -338,16 +359,32 @@ class Platform:
     def _decided(self, name: str, number: int) -> bool:
         return self._state.release(name, number).status != ReleaseStatus.DEPLOYING
 
-    def _still_serving(self, name: str) -> str:
+    def _back(self, name: str, lines: queue.Queue[str], on_progress: OnProgress) -> str:
+        """Wait until the release before a failed one serves; words for what is true by then."""
         live = self._state.desired(name).live
-        return f"\nv{live.number} goes on serving." if live else ""
+        if live is None:
+            return ""
+        limit_s = self._world.limits.restart_wait_s
+        try:
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name) and self._reached(name))
+        except (TimedOut, Unavailable) as error:
+            return f"; v{live.number} does not serve either: {error}"
+        return f"; v{live.number} goes on serving" if self._state.desired(name).live else ""
+
+    def _reached(self, name: str) -> bool:
+        """Requests go to it, if any are to."""
+        route = self._world.router.route(name)
+        return route is None or (bool(route.upstreams) and not route.held)
+
+    def _is_up(self, machine: Machine) -> bool:
+        container = self._world.facts.container(container_name(machine))
+        return container is not None and runs(container, machine) and container.id in self._world.facts.healthy()
 
     def _restarted(self, name: str) -> bool:
         """Every machine runs since the restart and is healthy. Raises Unavailable when one has failed."""
         facts = self._world.facts
         for machine in self._state.machines(name):
-            container = facts.container(container_name(machine))
-            if container is None or not runs(container, machine) or container.id not in facts.healthy():
+            if not self._is_up(machine):
                 words = facts.words(machine.id)
                 if words and facts.wait_before_start(machine) > 0:
                     raise Unavailable(f"{name} does not come up again: {words}; see: minipaas logs")

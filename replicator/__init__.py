@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from replicator.capture import CaptureSettings as CaptureSettings
     from replicator.config import Config as Config
     from replicator.config import load_config as load_config
+    from replicator.descriptors import raise_descriptor_limit as raise_descriptor_limit
     from replicator.errors import BucketMissing as BucketMissing
     from replicator.errors import ChainBroken as ChainBroken
     from replicator.errors import ConfigError as ConfigError
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from replicator.store.measure import Meter as Meter
     from replicator.values import Position as Position
     from replicator.values import Timeline as Timeline
+    from replicator.values import printable as printable
     from replicator.watch import Folder as Folder
     from replicator.worker import DatabaseStatus as DatabaseStatus
     from replicator.worker import Protection as Protection
@@ -66,6 +68,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "capture": "CaptureSettings",
     "config": "Config load_config",
+    "descriptors": "raise_descriptor_limit",
     "errors": (
         "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
         "DatabaseNotReplicable FormatError IntegrityCheckFailed LeaseHeld LeaseLost NothingToRestore "
@@ -79,7 +82,7 @@ _HOMES = {
     "service": "NotDurable Replicator default_state",
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
-    "values": "Position Timeline",
+    "values": "Position Timeline printable",
     "watch": "Folder",
     "worker": "DatabaseStatus Protection WorkerSettings",
 }

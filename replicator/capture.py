@@ -276,7 +276,7 @@ class Capture:
             except ContinuityLost as lost:
                 log.info("%s: %s", self.path, lost)
         if not self._continuous:
-            self._rebase(database, "what happened meanwhile is not known")
+            self._rebase(database, "what was written since the last time is not known")
 
     def _drain(self) -> None:
         """Capture everything that is committed now. Whatever it raises, continuity is proven anew afterwards.
@@ -376,16 +376,26 @@ class Capture:
         self._continuous = False
         for _ in range(REBASE_TRIES):
             self._scanner = None
-            image = Image.newest(database)
+            image, before = Image.newest(database), self._state.hashes.page_count
             try:
-                self._append(image, self._compare(image), self._now_ms())
+                change = self._compare(image)
+                self._append(image, change, self._now_ms())
             except ContinuityLost:  # the WAL began anew meanwhile, which happens once at most under one lock
                 continue
             self._scanner = Scanner(image.cursor) if image.cursor else None
             self._confirmed = image.cursor
             self._continuous = True
             self.figures.rebases += 1
-            log.info("%s: compared with what was captured, since %s", self.path, reason)
+            if before:
+                log.info(
+                    "%s: %s; compared: %d of %d pages differ",
+                    self.path,
+                    reason,
+                    len(change.page_nos),
+                    change.page_count,
+                )
+            else:
+                log.info("%s: first copy of all %d pages", self.path, change.page_count)
             return
         raise DatabaseBusy(
             f"{self.path} changes while it is compared, in spite of a read lock; is it on a network file system?"

@@ -21,7 +21,7 @@ import click
 
 from replicator import __version__
 from replicator.errors import ConfigError, DaemonNotRunning, NothingToRestore, ReplicatorError, UsageError
-from replicator.values import Position, format_time, parse_duration, parse_time
+from replicator.values import Position, format_time, parse_duration, parse_time, printable
 
 if TYPE_CHECKING:
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from replicator.store import ObjectStore
 
 INTERRUPTED = 130
+CLOCKS_DIFFER_MS = 60_000
+"""By so much the clocks of two hosts may differ before a time counts as one in the future."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -64,8 +66,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"replicator: {' '.join(message.split())}", file=sys.stderr)
+    _note(message)
     return code
+
+
+def _note(message: str) -> None:
+    print(f"replicator: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 # -- options that several commands have --------------------------------------------------------------------------------
@@ -257,16 +263,25 @@ def restore(
     with _explained(store, if_replica_exists) as found:
         if dry_run:
             plan = plan_restore(store, options)
+            _mention_moment(timestamp, plan.reached_ms)
             return _report(_plan_document(plan, target), as_json, _plan_words(plan, target))
         report = _restore(store, target, options)
     if not found:
         return _report(
             {"restored": False, "reason": "no replica"}, as_json, f"there is no replica at {store.url}; nothing to do"
         )
-    words = _report_words(report, target)
-    if owner := _owner(config, target, entry, store):
-        words += "\n" + _hand_over(owner, target, store, report)
-    return _report(_report_document(report, target), as_json, words)
+    _mention_moment(timestamp, report.reached_ms)
+    owner = _owner(config, target, entry, store)
+    then = _hand_over(owner, target, store, report) if owner else []
+    return _report(_report_document(report, target), as_json, _report_words(report, target), *then)
+
+
+def _mention_moment(wanted_ms: int | None, reached_ms: int) -> None:
+    """A time that is still to come is answered with the newest commit; more may be made until then."""
+    if wanted_ms is not None and wanted_ms > time.time_ns() // 1_000_000 + CLOCKS_DIFFER_MS:
+        _note(
+            f"--timestamp {format_time(wanted_ms)} is in the future; what was reached is {format_time(reached_ms)}, the newest"
+        )
 
 
 def _restore(store: ObjectStore, target: Path, options: RestoreOptions) -> RestoreReport:
@@ -328,23 +343,23 @@ def _owner(
     return owner if _store_of(owner, target).url.rstrip("/") == store.url.rstrip("/") else None
 
 
-def _hand_over(entry: DatabaseConfig, target: Path, store: ObjectStore, report: RestoreReport) -> str:
-    """Have replication go on from the restored position; words for what happens."""
+def _hand_over(entry: DatabaseConfig, target: Path, store: ObjectStore, report: RestoreReport) -> list[str]:
+    """Have replication go on from the restored position; lines on what happens."""
     from replicator import mark_restored
     from replicator.errors import DatabaseNotReplicable
     from replicator.replica import Replica
 
     record = Replica(store).timelines().get(report.position.timeline)
     if record is None:
-        return "the replica has no record of this timeline; replication begins with a snapshot"
+        return ["the replica has no record of this timeline; replication begins with a snapshot"]
     try:
         aside = mark_restored(_state_of(entry, target), report, record)
     except DatabaseNotReplicable:
-        return "a replicator runs for this database; it compares the file and goes on with a new timeline"
-    words = f"replication goes on from here as a new timeline; {report.position} stays as it is"
+        return ["a replicator runs for this database; it compares the file and goes on with a new timeline"]
+    lines = [f"replication goes on from here as a new timeline; {report.position} stays as it is"]
     if aside is not None:
-        words += f"\ncommits of the file that was there before, and that were never shipped, are kept in {aside}"
-    return words
+        lines.append(f"commits of the file that was there before, and that were never shipped, are kept in {aside}")
+    return lines
 
 
 def _state_of(entry: DatabaseConfig, target: Path) -> Path:
@@ -380,7 +395,7 @@ def status(config_file: Path | None, no_expand_env: bool, socket_path: Path | No
         for d in databases
     ]
     lines = _table(("DATABASE", "STATUS", "DURABLE", "LAST COMMIT THERE", "WAITING"), rows)
-    _report(found, as_json, "\n".join([*lines, *(f"{d['path']}: {d['reason']}" for d in databases if d["reason"])]))
+    _report(found, as_json, *lines, *(f"{d['path']}: {d['reason']}" for d in databases if d["reason"]))
 
 
 @replicator.command()
@@ -434,9 +449,7 @@ def databases(
     else:
         found = _need_config(config_file, no_expand_env)
         rows = [{"path": str(path), "url": store.url} for entry in found.databases for path, store in _members(entry)]
-    _report(
-        {"databases": rows}, as_json, "\n".join(_table(("DATABASE", "REPLICA"), [(r["path"], r["url"]) for r in rows]))
-    )
+    _report({"databases": rows}, as_json, *_table(("DATABASE", "REPLICA"), [(r["path"], r["url"]) for r in rows]))
 
 
 def _running(no_expand_env: bool, socket_path: Path | None) -> list[dict[str, Any]] | None:
@@ -455,10 +468,25 @@ def _entries(url: str, config: Config | None) -> list[dict[str, Any]]:
     from replicator import catalogue
 
     store, _ = _replica_of(url, config)
+    entries = catalogue.entries(store)
+    if not entries:
+        raise _no_folder(store)
     return [
         {"path": str(name), "url": catalogue.replica_of(store, name).url, "mode": f"{entry.mode:04o}"}
-        for name, entry in sorted(catalogue.entries(store).items())
+        for name, entry in sorted(entries.items())
     ]
+
+
+def _no_folder(store: ObjectStore) -> NothingToRestore:
+    from replicator.replica import Replica
+
+    if Replica(store).timelines():
+        return NothingToRestore(
+            f"{store.url} is the replica of one database, not of a folder; see `replicator history`"
+        )
+    return NothingToRestore(
+        f"there is no replica of a folder at {store.url}; check the URL, or let the first database be shipped"
+    )
 
 
 def _members(entry: DatabaseConfig) -> Iterable[tuple[Path, ObjectStore]]:
@@ -484,7 +512,7 @@ def history(source: str, config_file: Path | None, no_expand_env: bool, as_json:
     store, _ = _replica_of(source, _find_config(config_file, no_expand_env, required="://" not in source))
     with _explained(store, nothing_is_fine=False):
         timelines = replica_history.read(store)
-    _report({"url": store.url, "timelines": timelines}, as_json, "\n".join(replica_history.tree(timelines)))
+    _report({"url": store.url, "timelines": timelines}, as_json, *replica_history.tree(timelines))
 
 
 # -- which database, which replica -------------------------------------------------------------------------------------
@@ -504,7 +532,7 @@ def _find_config(file: Path | None, no_expand_env: bool, *, required: bool) -> C
     except ConfigError as error:
         if required or file is not None:
             raise
-        click.echo(f"replicator: the configuration is left out of account: {error}", err=True)
+        _note(f"the configuration is left out of account: {error}")
         return None
 
 
@@ -566,11 +594,12 @@ def _socket(config_file: Path | None, no_expand_env: bool, named: Path | None) -
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _report(document: dict[str, Any], as_json: bool, words: str) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else words)
+def _report(document: dict[str, Any], as_json: bool, *lines: str) -> None:
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(map(printable, lines)))
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]

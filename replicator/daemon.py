@@ -23,13 +23,14 @@ from types import FrameType
 
 from replicator import control
 from replicator.config import Config, DatabaseConfig
+from replicator.descriptors import raise_descriptor_limit
 from replicator.errors import NothingToRestore, ReplicatorError, SyncTimeout, UsageError
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions, restore
 from replicator.restored import mark_restored
 from replicator.service import Replicator, default_state
 from replicator.store import ObjectStore
-from replicator.values import Position, format_time
+from replicator.values import Position, format_time, printable
 from replicator.worker import DatabaseStatus, Protection
 
 log = logging.getLogger("replicator.daemon")
@@ -47,7 +48,9 @@ CLOSING_S = 2.0
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{format_time(int(record.created * 1000))} {record.levelname.lower():7} {record.getMessage()}"
+        line = (
+            f"{format_time(int(record.created * 1000))} {record.levelname.lower():7} {printable(record.getMessage())}"
+        )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -61,7 +64,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -167,6 +170,7 @@ class Daemon:
     def run(self) -> int:
         """The exit code: 0 when everything is durable, else 1; that of the program if one ran and did not return 0."""
         command = shlex.split(self._options.exec_command)
+        raise_descriptor_limit()
         with self._signals.handled():
             stores = self._open_stores()
             for entry, store in stores:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from replicator import catalogue
 from replicator.database import is_database_file
+from replicator.descriptors import shortage
 from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
@@ -310,6 +311,8 @@ class Replicator:
             self._discover(watched, watched.folder.path)
         for replicated in databases.values():
             self._scheduler.wake(replicated.worker)
+        if words := shortage(len(databases)):
+            log.warning("%s", words)
         return set(databases)
 
     def _examine(self, path: Path) -> bool:

@@ -230,7 +230,8 @@ class DatabaseWorker:
         self._capture.begin_timeline(begun.timeline, begun.txid, begun.known, keep_waiting=begun.known is not None)
         self._shipper.begin_timeline(begun.timeline)
         self._begun = None
-        log.info("%s goes on as timeline %d: %s", self.path, begun.timeline.number, need.reason)
+        verb = "begins" if need.known is None else "goes on as"
+        log.info("%s %s timeline %d: %s", self.path, verb, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
         timeline, captured = self._capture.timeline, self._capture.position

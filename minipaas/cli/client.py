@@ -9,15 +9,17 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import requests
 
 from minipaas import access, errors
-from minipaas.errors import NotAuthorised, PlatformError, TimedOut, Unavailable
+from minipaas.errors import BadRequest, Interrupted, NotAuthorised, NotFound, PlatformError, TimedOut, Unavailable
 from minipaas.settings import DEFAULT_DATA_DIR, listen_address, read_settings
 
 CONNECT_S = 5.0
@@ -35,8 +37,14 @@ class Server:
 
     def url(self) -> str:
         if self.api:
-            return self.api.rstrip("/")
-        host, port = listen_address(read_settings(self.data).api_listen, "api_listen")
+            return _server_url(self.api)
+        try:
+            settings = read_settings(self.data)
+        except NotFound as error:
+            raise NotFound(
+                f"there is no node in {self.data}; name its directory with --data, or a node elsewhere with --api and MINIPAAS_TOKEN"
+            ) from error
+        host, port = listen_address(settings.api_listen, "api_listen")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -47,9 +55,19 @@ class Server:
         try:
             return path.read_text().strip()
         except OSError as error:
-            raise NotAuthorised(
-                f"no token: {path}: {error.strerror}; set MINIPAAS_TOKEN and MINIPAAS_API, or name --data"
-            ) from error
+            why = f"in {path}: {error.strerror}" if not self.api else f"for {self.api}"
+            raise NotAuthorised(f"there is no token {why}; set MINIPAAS_TOKEN, or be root on the node") from error
+
+
+def _server_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known or parts.query or parts.fragment:
+        raise BadRequest(f"--api (or MINIPAAS_API) {text!r} is not the URL of a node; write http://HOST:PORT")
+    return text.rstrip("/")
 
 
 class Client:
@@ -101,6 +119,17 @@ class Client:
         if answer.status_code >= 400:
             raise _error(answer)
         return answer
+
+
+@contextmanager
+def goes_on(change: str, app: str) -> Iterator[None]:
+    """Around a call that changes something: who interrupts it ends the command, not the change, and is told so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted here, but {change} may be recorded by now and then goes on at the node; look with: minipaas status {app}"
+        ) from None
 
 
 def _query(values: dict[str, object]) -> dict[str, str]:

@@ -40,6 +40,7 @@ from minipaas.errors import (
     EngineError,
     EngineUnavailable,
     ImageMissing,
+    ImageRefused,
     TimedOut,
 )
 
@@ -611,17 +612,24 @@ class DockerImages:
                         yield line.rstrip()
 
     def pull(self, reference: str, *, tag: str, on_line: Callable[[str], None]) -> str:
+        try:
+            self._pull_unless_here(reference, on_line)
+            with translated(f"pull {reference}"):
+                self._tag(reference, tag)
+                return self._id(tag)
+        except EngineError as error:
+            raise _explained(reference, error) from error
+
+    def _pull_unless_here(self, reference: str, on_line: Callable[[str], None]) -> None:
         here = self.exists(reference)
-        if not (here and reference.startswith("localhost/")):
-            try:
-                self._pull(reference, on_line)
-            except EngineError as error:
-                if not here:
-                    raise
-                on_line(f"using the {reference} that is here: {error}")
-        with translated(f"pull {reference}"):
-            self._tag(reference, tag)
-            return self._id(tag)
+        if here and reference.startswith("localhost/"):
+            return
+        try:
+            self._pull(reference, on_line)
+        except EngineError as error:
+            if not here:
+                raise
+            on_line(f"using the {reference} that is here: {error}")
 
     def _pull(self, reference: str, on_line: Callable[[str], None]) -> None:
         repository, version = docker.utils.parse_repository_tag(reference)
@@ -686,6 +694,34 @@ def _raise_error(message: Mapping[str, Any]) -> None:
 
 def _is_missing(text: str) -> bool:
     return any(each in text.lower() for each in ("manifest unknown", "not found", "no such image"))
+
+
+_PULL_FAILURES = (
+    (("invalid reference", "expected colon-separated transport", "invalid repository name"), ImageRefused,
+     "this is no image reference; write REGISTRY/NAME:TAG, such as docker.io/library/nginx:1.27"),
+    (("short-name", "unqualified-search"), ImageRefused, "it names no registry; write it in full, such as docker.io/library/NAME:TAG"),
+    (("unauthorized", "authentication required", "denied", "forbidden"), ImageMissing,
+     "its registry does not give it to us: there is no such image, or it needs `podman login` (or `docker login`) on the node"),
+    (("manifest unknown", "not found", "no such image", "name unknown"), ImageMissing,
+     "its registry has no such image; check name and tag"),
+    (("no such host", "dial tcp", "i/o timeout", "connection refused", "network is unreachable", "name resolution"), EngineUnavailable,
+     "its registry cannot be reached from the node; check the name of the registry and the network"),
+)  # fmt: skip
+"""What engines say when a pull fails, and what that means to whoever gave the reference. The first that matches counts."""
+
+
+def _explained(reference: str, error: EngineError) -> EngineError:
+    said = str(error)
+    for signs, kind, meaning in _PULL_FAILURES:
+        if any(sign in said.lower() for sign in signs):
+            return kind(f"image {reference!r}: {meaning} (the engine: {_last_reason(said)})")
+    return error
+
+
+def _last_reason(said: str) -> str:
+    """Engines put what they did before what went wrong, over and over."""
+    reason = said.rpartition(": ")[2].strip()
+    return reason if len(reason) <= 120 else f"{reason[:119]}…"
 
 
 def _pull_line(message: Mapping[str, Any]) -> str:

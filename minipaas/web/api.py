@@ -37,8 +37,10 @@ class CreateApp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Deploy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """manifest: null to keep what the app has; see ``DeployRequest``."""
+
     source: Source
-    manifest: str
+    manifest: str | None = None
     file: str = "minipaas.toml"
     build_args: dict[str, str] = {}
 

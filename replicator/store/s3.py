@@ -405,7 +405,9 @@ def _translated(error: Exception, what: str) -> StoreError:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _of_code(str(answer.get("Code", "")), status, str(answer.get("Message", "")), what)
     if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
-        return StoreDenied(f"{what}: no access keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return StoreDenied(
+            f"{what}: no access keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill ~/.aws/credentials"
+        )
     detail = _one_line(_innermost(error))
     if "CERTIFICATE_VERIFY_FAILED" in detail:
         return StoreDenied(f"{what}: its certificate is not trusted; name its authority in AWS_CA_BUNDLE ({detail})")

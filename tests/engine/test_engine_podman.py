@@ -17,7 +17,7 @@ from minipaas import bundle
 from minipaas.engine import Container, ContainerSpec, Mount
 from minipaas.engine.docker_api import Abilities, Connection, DockerContainers, DockerEngine
 from minipaas.engine.podman_service import PodmanService
-from minipaas.errors import BuildFailed, EngineError, TimedOut
+from minipaas.errors import BuildFailed, EngineError, EngineUnavailable, ImageRefused, TimedOut
 from replicator.store.memory import MemoryStore
 
 pytestmark = pytest.mark.real
@@ -268,6 +268,30 @@ def test_an_image_goes_through_the_bucket_and_runs_again(podman: DockerEngine, b
     podman.containers.run(ContainerSpec("real-1", "localhost/test/bundle:2"))
     assert texts(podman, follow=True) == [("stdout", "through the bucket")]
     assert bundle.push(podman.images, "localhost/test/bundle:2", store, scratch=tmp_path / "scratch") == digest
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "words"),
+    [
+        ("::bad::", ImageRefused, "image '::bad::': this is no image reference; write REGISTRY/NAME:TAG"),
+        ("UPPER/x", ImageRefused, "image 'UPPER/x': "),
+        ("a b", ImageRefused, "image 'a b': this is no image reference"),
+        ("a@sha256:1", ImageRefused, "this is no image reference"),
+        (
+            "no-such-short-name",
+            ImageRefused,
+            "it names no registry; write it in full, such as docker.io/library/NAME:TAG",
+        ),
+        ("127.0.0.1:1/x", EngineUnavailable, "image '127.0.0.1:1/x': its registry cannot be reached from the node"),
+    ],
+)
+def test_an_image_that_cannot_be_had_is_explained_on_one_line(
+    podman: DockerEngine, reference: str, kind: type[EngineError], words: str
+) -> None:
+    with pytest.raises(kind) as error:
+        podman.images.pull(reference, tag="localhost/test/pulled:1", on_line=lambda line: None)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_two_services_on_one_host_share_nothing(

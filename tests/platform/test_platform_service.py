@@ -65,9 +65,17 @@ def test_a_release_that_crashes_is_a_failed_deploy_and_the_old_one_goes_on(live:
     crash_next_release(live)
     with pytest.raises(DeployFailed, match="exited with 1") as failure:
         live.platform.deploy(OWNER, "guestbook", request_of(live))
-    assert "v1 goes on serving" in str(failure.value)
-    until(lambda: live.platform.app(OWNER, "guestbook").machines[0].state == "started")
+    assert str(failure.value).endswith("; v1 goes on serving")
+    assert live.platform.app(OWNER, "guestbook").machines[0].state == "started"
     assert live.platform.app(OWNER, "guestbook").release == 1
+
+
+def test_what_does_not_serve_again_is_not_said_to_serve(live: Live) -> None:
+    live.platform.deploy(OWNER, "guestbook", request_of(live))
+    live.stage.prober.failing = _Everything("not yet")
+    with pytest.raises(DeployFailed) as failure:
+        live.platform.deploy(OWNER, "guestbook", request_of(live))
+    assert "; v1 does not serve either: guestbook does not come up again: not yet" in str(failure.value)
 
 
 def crash_next_release(live: Live) -> None:
