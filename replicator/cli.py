@@ -462,8 +462,12 @@ def _entries(url: str, config: Config | None) -> list[dict[str, Any]]:
 
 
 def _members(entry: DatabaseConfig) -> Iterable[tuple[Path, ObjectStore]]:
-    paths = [entry.path] if entry.folder is None else sorted(entry.folder.databases())
-    return [(path, _store_of(entry, path)) for path in paths]
+    from replicator.discovery import Finder
+
+    if entry.folder is None:
+        return [(entry.path, _store_of(entry, entry.path))]
+    found = Finder(entry.folder).look(entry.folder.path, ())
+    return [(path, _store_of(entry, path)) for path in sorted(each.path for each in found if not each.problem)]
 
 
 # -- history -----------------------------------------------------------------------------------------------------------
@@ -567,7 +571,8 @@ def _socket(config_file: Path | None, no_expand_env: bool, named: Path | None) -
 
 
 def _report(document: dict[str, Any], as_json: bool, words: str) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else words)
+    shown = json.dumps(document, indent=2, ensure_ascii=False) if as_json else words
+    click.echo(shown.encode(errors="backslashreplace").decode())  # a path may be no valid UTF-8
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -16,12 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from replicator import catalogue
-from replicator.database import is_database_file
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.discovery import Finder, Found
+from replicator.errors import (
+    DatabaseError,
+    DatabaseMissing,
+    DatabaseNotReplicable,
+    NotADatabase,
+    ReplicatorError,
+    SyncTimeout,
+)
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
-from replicator.watch import STATE_SUFFIX, Folder, Watch
+from replicator.watch import STATE_SUFFIX, Folder, Watch, companion_of
 from replicator.worker import DatabaseStatus, DatabaseWorker, Protection, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -54,6 +61,16 @@ class _Watched:
     store: ObjectStore
     state: Path | None
     settings: WorkerSettings
+    finder: Finder
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What was found in a folder and is not replicated: where its replica would be, and why there is none."""
+
+    folder: Path
+    url: str
+    reason: str
 
 
 @dataclass
@@ -82,7 +99,7 @@ class Replicator:
         self._now_ms = now_ms
         self._guard = threading.RLock()
         self._databases: dict[Path, _Replicated] = {}
-        self._refused: dict[Path, tuple[str, str]] = {}  # databases in folders that cannot be taken up: URL and reason
+        self._refused: dict[Path, _Refused] = {}
         self._folders: dict[Path, _Watched] = {}
         self._uploads = Crew(UPLOAD_THREADS, "upload")
         self._scheduler: Scheduler[DatabaseWorker] = Scheduler(CAPTURE_THREADS, "capture")
@@ -119,7 +136,7 @@ class Replicator:
         with self._guard:
             if folder.path in self._folders:
                 return
-            watched = _Watched(folder, store, state, settings or WorkerSettings())
+            watched = _Watched(folder, store, state, settings or WorkerSettings(), Finder(folder))
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
         self._discover(watched, folder.path)
@@ -143,7 +160,7 @@ class Replicator:
                 return
             self._watch.remove_folder(watched.folder)
             found = self._found_in(path)
-            self._refused = {known: why for known, why in self._refused.items() if not known.is_relative_to(path)}
+            self._refused = {known: why for known, why in self._refused.items() if why.folder != path}
         for database in found:
             self.remove(database, timeout_s)
 
@@ -183,19 +200,23 @@ class Replicator:
     # -- how it is -----------------------------------------------------------------------------------------------------
 
     def status(self) -> list[DatabaseStatus]:
-        """Of every database, those too that were found and cannot be replicated."""
+        """Of every database, and of what looks like one and cannot be replicated."""
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
-            refused = [_refusal(path, *why) for path, why in self._refused.items() if path not in self._databases]
+            refused = [_refusal(path, why) for path, why in self._refused.items() if path not in self._databases]
         return sorted([*(worker.status() for worker in workers), *refused], key=lambda status: status.path)
 
     def sync(self, path: Path, timeout_s: float) -> Position:
         """Wait until everything committed to the database before the call is durable.
 
-        Raises SyncTimeout; DatabaseMissing, also when it is not replicated here; NotADatabase.
+        Raises SyncTimeout; DatabaseNotReplicable for one that was found and is refused; DatabaseMissing, also when it is not replicated
+        here; NotADatabase.
         """
         with self._guard:
             replicated = self._databases.get(path.absolute())
+            refused = self._refused.get(path.absolute())
+        if replicated is None and refused is not None:
+            raise DatabaseNotReplicable(refused.reason)
         if replicated is None:
             raise DatabaseMissing(f"{path} is not replicated here; `replicator status` lists what is")
         return replicated.worker.sync(timeout_s)
@@ -210,7 +231,7 @@ class Replicator:
         deadline = time.monotonic() + timeout_s
         self._discover(watched, path)
         with self._guard:
-            refused = [why for known, (_, why) in self._refused.items() if known.is_relative_to(path)]
+            refused = [why.reason for why in self._refused.values() if why.folder == path]
             inside = [known for known in self._databases if known.is_relative_to(path)]
         problems: list[ReplicatorError] = [SyncTimeout(why) for why in refused]
         for database in inside:  # one that cannot be shipped keeps no other from it
@@ -256,14 +277,17 @@ class Replicator:
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
-    def _touched(self, path: Path, gone: bool) -> None:
+    def _touched(self, file: Path, gone: bool) -> None:
         """A file event. A known database is woken; what may be a new one, or is gone, is looked at by the sweeper."""
+        path = file if file in self._databases else companion_of(file) or file
         replicated = self._databases.get(path)
         if replicated is not None:
             replicated.worker.touched()
-        is_of_interest = gone or replicated is None
-        if is_of_interest and any(watched.folder.takes(path) for watched in list(self._folders.values())):
-            self._look_at(path)
+        if gone or replicated is None:
+            folders = [watched.folder for watched in list(self._folders.values())]
+            for each in {path, file}:
+                if any(folder.takes(each) for folder in folders):
+                    self._look_at(each)
 
     def _appeared(self, _: Folder, path: Path) -> None:
         self._look_at(path)
@@ -294,7 +318,7 @@ class Replicator:
             self._stopping.wait(LOOK_PAUSE_S)
 
     def _sweep(self) -> set[Path]:
-        """Look for what events may have missed. Returns the databases that may be gone."""
+        """Look for what events may have missed. Returns what may be gone."""
         try:
             self._watch.renew()
         except ReplicatorError as error:
@@ -310,15 +334,13 @@ class Replicator:
 
     def _examine(self, path: Path) -> bool:
         """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             for watched in list(self._folders.values()):
                 self._discover(watched, path)
             return False
         if os.path.lexists(path):
-            for watched in list(self._folders.values()):
-                if watched.folder.takes(path) and is_database_file(path):
-                    self._adopt(watched, path)
-                    break
+            if path not in self._databases:
+                self._examine_file(path)
             return False
         with self._guard:
             self._refused.pop(path, None)
@@ -331,9 +353,39 @@ class Replicator:
                 self._scheduler.wake(replicated.worker)
         return any(known in self._databases for known in found)
 
+    def _examine_file(self, path: Path) -> None:
+        with self._guard:
+            self._refused.pop(path, None)
+        for watched in list(self._folders.values()):
+            found = watched.finder.look_at(path, self._databases)
+            if found is not None:
+                self._take_up(watched, found)
+                return
+
     def _discover(self, watched: _Watched, below: Path) -> None:
-        for path in watched.folder.databases(below):
-            self._adopt(watched, path)
+        found = watched.finder.look(below, self._databases)
+        for each in found:
+            self._take_up(watched, each)
+        seen = {each.path for each in found}
+        with self._guard:
+            for path, why in list(self._refused.items()):
+                if why.folder == watched.folder.path and path.is_relative_to(below) and path not in seen:
+                    del self._refused[path]
+
+    def _take_up(self, watched: _Watched, found: Found) -> None:
+        if found.problem:
+            self._refuse(watched, found.path, found.problem)
+        else:
+            self._adopt(watched, found.path)
+
+    def _refuse(self, watched: _Watched, path: Path, reason: str) -> None:
+        name = path.relative_to(watched.folder.path)
+        refused = _Refused(watched.folder.path, catalogue.replica_of(watched.store, name).url, reason)
+        with self._guard:
+            is_news = self._refused.get(path) != refused
+            self._refused[path] = refused
+        if is_news:
+            log.warning("NOT PROTECTED: %s", reason if str(path) in reason else f"{path}: {reason}")
 
     def _adopt(self, watched: _Watched, path: Path) -> None:
         if path in self._databases:
@@ -351,24 +403,20 @@ class Replicator:
                 folder=folder,
                 register=lambda: catalogue.register(watched.store, folder, path),
             )
-        except ReplicatorError as error:
-            with self._guard:
-                is_news = self._refused.get(path) != (replica.url, str(error))
-                self._refused[path] = (replica.url, str(error))
-            if is_news:
-                log.warning("%s is not replicated yet: %s", path, error)
+        except (ReplicatorError, OSError) as error:
+            self._refuse(watched, path, f"it is not replicated yet: {error}")
         else:
             with self._guard:
                 self._refused.pop(path, None)
             log.info("found %s", path)
 
 
-def _refusal(path: Path, url: str, reason: str) -> DatabaseStatus:
+def _refusal(path: Path, why: _Refused) -> DatabaseStatus:
     return DatabaseStatus(
         path=path,
-        url=url,
+        url=why.url,
         protection=Protection.NOT_PROTECTED,
-        reason=reason,
+        reason=why.reason,
         lag_s=0.0,
         captured=None,
         durable=None,

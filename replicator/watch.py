@@ -1,7 +1,7 @@
-"""File events that wake a database, and finding databases in folders.
+"""File events that wake a database: which folders are watched, and which files in them are of interest.
 
-Owns the watchdog observer. Never opens a database but to look whether it is one (database.is_database_file). Events may be missed (a full
-queue, a watch limit): the service's slow sweep catches that.
+Owns the watchdog observer. Never opens a file. Events may be missed (a full queue, a watch limit): the service's slow sweep catches that,
+and what is not watched is known here by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,6 @@ from watchdog.observers.api import BaseObserver, ObservedWatch
 from watchdog.observers.inotify import InotifyEmitter
 from watchdog.observers.inotify_c import DEFAULT_EVENT_BUFFER_SIZE, InotifyEvent, InotifyFD
 
-from replicator.database import is_database_file
 from replicator.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,6 +47,8 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 COMPANIONS = ("-wal", "-shm", "-journal")
 STATE_SUFFIX = "-replicator"
 """A database's own state folder is ``.<name>-replicator`` beside it, unless it is told otherwise."""
+RESTORING = ".*.restoring-*"
+"""Files of a restore that runs or was killed; see restore.py."""
 
 _FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
 _TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent, DirDeletedEvent]
@@ -66,41 +67,35 @@ class Folder:
     pattern: str = "*"
     recursive: bool = True
 
-    def databases(self, below: Path | None = None) -> Iterator[Path]:
-        """The databases that are in it now, or in the part of it that is below a path."""
-        if below is not None and not self._reaches(below):
-            return
-        for here, folders, files in os.walk(below or self.path):
-            folders[:] = [name for name in folders if self.recursive and not _is_state(name)]
-            for name in files:
-                path = Path(here, name)
-                if self.takes(path) and is_database_file(path):
-                    yield path
-
     def takes(self, path: Path) -> bool:
-        """Whether a file there would be looked at."""
-        if not path.is_relative_to(self.path) or path.name.endswith(COMPANIONS) or path.is_symlink():
-            return False
-        return self._reaches(path.parent) and fnmatch.fnmatchcase(path.name, self.pattern)
+        """Whether a file of this name would be looked at."""
+        return path.is_relative_to(self.path) and self.takes_name(path.name) and self.reaches(path.parent)
 
-    def _reaches(self, folder: Path) -> bool:
+    def takes_name(self, name: str) -> bool:
+        is_of_a_restore = name.startswith(".") and fnmatch.fnmatchcase(name, RESTORING)
+        return not is_of_a_restore and (self.pattern == "*" or fnmatch.fnmatchcase(name, self.pattern))
+
+    def enters(self, name: str) -> bool:
+        """Whether folders of this name in it are looked into."""
+        return self.recursive and not _is_state(name)
+
+    def reaches(self, folder: Path) -> bool:
         """Whether files in a folder are of interest."""
         if not folder.is_relative_to(self.path):
             return False
-        within = folder.relative_to(self.path).parts
-        return not any(_is_state(part) for part in within) and (self.recursive or not within)
+        return all(self.enters(part) for part in folder.relative_to(self.path).parts)
 
 
 def _is_state(name: str) -> bool:
     return name.startswith(".") and name.endswith(STATE_SUFFIX)
 
 
-def database_of(path: Path) -> Path:
-    """The database that a file belongs to: itself, or the one whose WAL, index or journal it is."""
+def companion_of(path: Path) -> Path | None:
+    """The database whose WAL, index or journal a file of this name would be; None for another name."""
     for suffix in COMPANIONS:
-        if path.name.endswith(suffix):
+        if path.name.endswith(suffix) and path.name != suffix:
             return path.with_name(path.name.removesuffix(suffix))
-    return path
+    return None
 
 
 @dataclass
@@ -141,7 +136,7 @@ class Watch:
     """Calls back from the observer's thread; the callbacks must be quick."""
 
     def __init__(self, touched: Callable[[Path, bool], None], appeared: Callable[[Folder, Path], None]) -> None:
-        """touched: with the path of a database (or what may become one) whose files changed, and whether one of them was there and is gone.
+        """touched: with the path of a file that changed, and whether it was there and is gone.
         appeared: a folder below a watched one is new, or is gone."""
         self._touched = touched
         self._appeared = appeared
@@ -251,4 +246,4 @@ class _Handler(FileSystemEventHandler):
         is_gone = isinstance(event, (FileDeletedEvent, FileMovedEvent))
         for name, gone in ((event.src_path, is_gone), (event.dest_path, False)):
             if name:
-                self._touched(database_of(Path(os.fsdecode(name))), gone)
+                self._touched(Path(os.fsdecode(name)), gone)
