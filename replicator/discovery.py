@@ -103,7 +103,7 @@ class Finder:
         if identity not in self._ordinary:
             return False
         ordinary.add(identity)
-        return f"{entry.name}-wal" not in names and os.path.splitext(entry.name)[1].lower() not in SUFFIXES
+        return f"{entry.name}-wal" not in names and Path(entry.name).suffix.lower() not in SUFFIXES
 
     def _judge(self, path: Path, has_wal: bool, known: Container[Path], ordinary: set[bytes]) -> Found | None:
         """ordinary: is given what need not be opened again."""

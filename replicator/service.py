@@ -28,7 +28,7 @@ from replicator.errors import (
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
-from replicator.watch import STATE_SUFFIX, Folder, Watch, companion_of
+from replicator.watch import STATE_SUFFIX, CalmInotify, Folder, Watch, companion_of
 from replicator.worker import DatabaseStatus, DatabaseWorker, Protection, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Replicator:
     """Replicates databases until it is stopped. Every method may be called from any thread.
 
     sweep_s: how often everything is looked at without an event. writer: names this writer in the records of its timelines.
+    inotify: how the kernel is asked for file events. Raises ConfigError when it gives none.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Replicator:
         sweep_s: float = SWEEP_S,
         writer: str | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        inotify: Callable[[], CalmInotify] = CalmInotify,
     ) -> None:
         self._sweep_s = sweep_s
         self._writer = writer or f"{socket.gethostname()}:{os.getpid()}"
@@ -103,10 +105,11 @@ class Replicator:
         self._folders: dict[Path, _Watched] = {}
         self._uploads = Crew(UPLOAD_THREADS, "upload")
         self._scheduler: Scheduler[DatabaseWorker] = Scheduler(CAPTURE_THREADS, "capture")
-        self._watch = Watch(self._touched, self._appeared)
+        self._watch = Watch(self._touched, self._appeared, self._lost, inotify)
         self._sweeper = threading.Thread(target=self._sweep_forever, name="sweep", daemon=True)
         self._stopping = threading.Event()
         self._look = threading.Event()
+        self._sweep_now = threading.Event()
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
 
@@ -121,7 +124,7 @@ class Replicator:
     ) -> None:
         """Replicate one database, which may not exist yet. store: its replica. state: folder for the local state of this database.
 
-        Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder cannot be watched.
+        Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder is missing.
         """
         self._add(path.absolute(), store, state, settings or WorkerSettings(), folder=None, register=lambda: None)
 
@@ -130,7 +133,7 @@ class Replicator:
     ) -> None:
         """Replicate every database in a folder, those that appear later too. store: each gets a place of its own in it.
 
-        state: folder below which each database's state goes; None for beside it. Raises ConfigError when it cannot be watched.
+        state: folder below which each database's state goes; None for beside it. Raises ConfigError when it is missing.
         """
         folder = replace(folder, path=folder.path.absolute())
         with self._guard:
@@ -200,11 +203,25 @@ class Replicator:
     # -- how it is -----------------------------------------------------------------------------------------------------
 
     def status(self) -> list[DatabaseStatus]:
-        """Of every database, and of what looks like one and cannot be replicated."""
+        """Of every database, of what looks like one and cannot be replicated, and of folders that are not watched."""
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
             refused = [_refusal(path, why) for path, why in self._refused.items() if path not in self._databases]
-        return sorted([*(worker.status() for worker in workers), *refused], key=lambda status: status.path)
+            folders = list(self._folders.values())
+        seen = [self._as_watched(worker.status(), worker.path.parent) for worker in workers]
+        for watched in folders:
+            why = self._watch.unwatched(watched.folder.path)
+            if why and not any(status.path.is_relative_to(watched.folder.path) for status in [*seen, *refused]):
+                refused.append(_refusal(watched.folder.path, _Refused(watched.folder.path, watched.store.url, why)))
+        return sorted([*seen, *refused], key=lambda status: status.path)
+
+    def _as_watched(self, status: DatabaseStatus, folder: Path) -> DatabaseStatus:
+        """Of a database whose changes are not seen, nobody knows how safe it is."""
+        why = self._watch.unwatched(folder)
+        if not why or status.protection is Protection.NOT_PROTECTED:
+            return status
+        reason = f"{why}; meanwhile it is looked at every {self._sweep_s:g} s"
+        return replace(status, protection=Protection.NOT_PROTECTED, reason=reason)
 
     def sync(self, path: Path, timeout_s: float) -> Position:
         """Wait until everything committed to the database before the call is durable.
@@ -292,6 +309,10 @@ class Replicator:
     def _appeared(self, _: Folder, path: Path) -> None:
         self._look_at(path)
 
+    def _lost(self) -> None:
+        self._sweep_now.set()
+        self._look.set()
+
     def _look_at(self, path: Path) -> None:
         with self._look_guard:
             self._to_look_at.add(path)
@@ -309,7 +330,8 @@ class Replicator:
             with self._look_guard:
                 paths, self._to_look_at = self._to_look_at | lingering, set()
             try:
-                if time.monotonic() >= sweep_at:
+                if time.monotonic() >= sweep_at or self._sweep_now.is_set():
+                    self._sweep_now.clear()
                     sweep_at = time.monotonic() + self._sweep_s
                     paths |= self._sweep()
                 lingering = {path for path in paths if self._examine(path)}

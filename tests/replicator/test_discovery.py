@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import apsw
 import pytest
 from ledger_support import restored_rows, wait_for
+from watchdog.observers.inotify_c import (
+    CallbackId,
+    InotifyConstants,
+    InotifyEvent,
+    Mask,
+    WatchCallback,
+    WatchDescriptor,
+)
 
 from replicator import catalogue
 from replicator.database import begins_as_database
@@ -17,7 +27,7 @@ from replicator.discovery import Finder
 from replicator.errors import DatabaseNotReplicable
 from replicator.service import Replicator
 from replicator.store.memory import MemoryStore
-from replicator.watch import Folder
+from replicator.watch import CalmInotify, Folder
 from replicator.worker import Protection
 
 
@@ -179,7 +189,7 @@ def test_a_file_that_has_not_changed_is_not_opened_again(data: Path) -> None:
         assert finder.look(data, ()) == []
     assert opened == ["notes.txt", "notes.txt"]  # it had only just changed at the first look
     make(data / "new.db")
-    os.replace(data / "new.db", data / "notes.txt")
+    (data / "new.db").replace(data / "notes.txt")
     assert [found.path.name for found in finder.look(data, ())] == ["notes.txt"]
 
 
@@ -200,3 +210,78 @@ def test_a_companion_of_a_live_database_is_not_opened(data: Path) -> None:
 def locks_of(inode: int) -> list[list[str]]:
     lines = [line.split()[1:] for line in Path("/proc/locks").read_text().splitlines()]
     return sorted(line for line in lines if any(word.endswith(f":{inode}") for word in line))
+
+
+class Refusing(CalmInotify):
+    """The kernel's limit of watches, which holds for folders of these names."""
+
+    names: ClassVar[set[str]] = set()
+
+    def _ask_kernel(self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId) -> WatchDescriptor:
+        if Path(os.fsdecode(path)).name in self.names:
+            raise OSError(errno.ENOSPC, "inotify watch limit reached")
+        return super()._ask_kernel(path, mask, callback, id_)
+
+
+@pytest.mark.parametrize("refused", ["data", "sub"])
+def test_a_database_in_a_folder_that_cannot_be_watched_is_not_protected_until_it_can(
+    data: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    (data / "sub").mkdir()
+    make(data / "sub" / "app.db")
+    monkeypatch.setattr(Refusing, "names", {refused})
+    replicator = Replicator(sweep_s=0.1, inotify=Refusing)
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), MemoryStore())
+        wait_for(lambda: "max_user_watches" in reasons(replicator).get("app.db", ""))
+        assert replicator.sync(data / "sub" / "app.db", 10)  # it is shipped all the same
+        assert protected(replicator) == set()
+        Refusing.names.clear()
+        wait_for(lambda: protected(replicator) == {"app.db"})
+    finally:
+        replicator.stop(5)
+
+
+def test_a_folder_without_databases_that_cannot_be_watched_is_shown(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refusing, "names", {"data"})
+    replicator = Replicator(sweep_s=3600, inotify=Refusing)
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), MemoryStore())
+        assert "max_user_watches" in reasons(replicator)["data"]
+    finally:
+        replicator.stop(5)
+
+
+def test_before_the_start_and_after_the_stop_nothing_is_protected(data: Path) -> None:
+    make(data / "app.db")
+    replicator = Replicator(sweep_s=3600)
+    replicator.add_folder(Folder(data), MemoryStore())
+    assert protected(replicator) == set()
+    replicator.start()
+    wait_for(lambda: protected(replicator) == {"app.db"})
+    replicator.stop(5)
+    assert protected(replicator) == set()
+
+
+def test_lost_events_lead_to_a_look_at_everything(data: Path) -> None:
+    made: list[CalmInotify] = []
+
+    def inotify() -> CalmInotify:
+        made.append(CalmInotify())
+        return made[0]
+
+    replicator = Replicator(sweep_s=3600, inotify=inotify)
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), MemoryStore())
+        replicator._watch.remove_folder(Folder(data))
+        make(data / "app.db")
+        assert replicator.status() == []
+        made[0].handle_event(InotifyEvent(WatchDescriptor(-1), InotifyConstants.IN_Q_OVERFLOW, 0, b""))
+        wait_for(lambda: protected(replicator) == {"app.db"})
+    finally:
+        replicator.stop(5)
