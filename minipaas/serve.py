@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
-from minipaas import bundle
+from minipaas import bundle, volumes
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
 from minipaas.engine import Engine
@@ -119,6 +119,7 @@ class Server:
             raise NotFound(
                 f"{settings.state_path} does not know node {settings.node_id}; recover on an empty directory"
             )
+        volumes.clean(settings, {volume.id for volume in self.state.volumes()})
         undo.callback(self._leaving.set)
         self._hold_bucket()
         engine = undo.enter_context(_closing(self._wiring.engine(settings)))
@@ -261,7 +262,7 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         watched = [each for each in state.volumes() if each.state == "created"]
-        watched = [each for each in watched if settings.volume_dir(each.app, each.name).is_dir()]
+        watched = [each for each in watched if not volumes.missing(settings, each)]
         for volume in watched:
             backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
         say(f"stopped {_end_containers(engine)} containers")

@@ -453,7 +453,15 @@ class Platform:
         }
 
     def _database_views(self, volumes: Mapping[str, Volume]) -> list[views.DatabaseView]:
-        return [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        """Of what is replicated; and of each volume that is not, so that what nobody looks at is never called protected."""
+        found = [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        for volume in volumes.values():
+            missing = self._world.missing(volume) if volume.state == "created" else ""
+            at_risk = views.volume_at_risk(volume, str(self._world.directory(volume)), missing, self._world.facts)
+            if at_risk is not None:
+                found = [each for each in found if each.volume != volume.id or not missing]
+                found.append(at_risk)
+        return found
 
     def _node_view(self) -> views.NodeView:
         settings, facts = self._world.settings, self._world.facts
@@ -469,7 +477,7 @@ class Platform:
             fleet=self._state.fleet().id,
             bucket=settings.bucket,
             troubles=troubles,
-            durable=all(each.words.startswith("protected") for each in databases),
+            durable=bool(databases) and all(each.words.startswith("protected") for each in databases),
             databases=databases,
         )
 
