@@ -508,4 +508,12 @@ class PurgeApp:
         return f"forget {self.app}"
 
     def apply(self, world: World) -> None:
+        """Its images leave the engine first, as nobody knows their names after; should the app be brought back, they are in the bucket."""
+        for image in {release.image for release in world.state.releases(self.app)}:
+            try:
+                world.engine.images.remove(image)
+            except EngineUnavailable:
+                raise
+            except EngineError as error:  # a container of somebody else uses it
+                log.warning("an image stays in the engine", extra={"image": image, "reason": str(error)})
         world.state.purge_app(self.app)

@@ -301,9 +301,9 @@ class Platform:
             self._state.add_release(self._new_release(name, number, tag, digest, config))
             self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
         release = self._state.release(name, number)
+        self._drop_old_images(name)
         if release.status == ReleaseStatus.FAILED:
             raise DeployFailed(f"{name} v{number}: {release.message}{self._still_serving(name)}")
-        self._drop_old_images(name)
         return views.release_view(release)
 
     def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
@@ -417,11 +417,12 @@ class Platform:
             )
 
     def _drop_old_images(self, name: str) -> None:
-        """The engine keeps the last few; older ones are in the bucket."""
+        """The engine keeps what serves and the last few; older ones are in the bucket."""
+        live = self._state.desired(name).live
         images = list(dict.fromkeys(release.image for release in self._state.releases(name)))
-        kept = self._world.limits.engine_images
-        for image in images[kept : kept * 2]:
-            self._drop_image(image)
+        for image in images[self._world.limits.engine_images :]:
+            if live is None or image != live.image:
+                self._drop_image(image)
 
     # -- reading
 

@@ -157,14 +157,19 @@ def database_view(database: DatabaseState, volumes: Mapping[str, Volume]) -> Dat
     return DatabaseView(
         volume=database.volume_id,
         app=volume.app if volume else "",
-        path=os.fsencode(database.path).decode(errors="backslashreplace"),
+        path=_printable(str(database.path)),
         words=database.words,
-        reason=database.reason.encode(errors="backslashreplace").decode(),
+        reason=_printable(database.reason),
         lag_s=database.lag_s,
         durable=f"{database.timeline}:{database.durable_txid}" if database.timeline else "",
         durable_ms=database.durable_ms,
         size_bytes=database.size_bytes,
     )
+
+
+def _printable(text: str) -> str:
+    """The bytes of a file's name need not be valid UTF-8."""
+    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def volume_at_risk(volume: Volume, directory: str, missing: str, facts: Facts) -> DatabaseView | None:

@@ -246,6 +246,19 @@ def test_killed_after_the_state_forgot_the_volume_the_rest_goes_at_the_next_star
     assert list(stage.settings.volumes_dir.rglob("app.db")) == []
 
 
+def test_the_images_of_an_app_leave_the_engine_with_it(stage: Stage) -> None:
+    stage.want(GUESTBOOK)
+    stage.settle()
+    stage.want(GUESTBOOK)
+    stage.settle()
+    destroyed(stage)
+    images = {release.image for release in stage.state.releases("guestbook")}
+    assert len(images) == 3 and all(stage.engine.images.exists(image) for image in images)
+    stage.settle()
+    assert stage.state.apps() == []
+    assert not any(stage.engine.images.exists(image) for image in images)
+
+
 def test_a_purge_that_is_killed_after_any_operation_comes_to_the_same_end(tmp_path: Path) -> None:
     kill_at, killed = 1, True
     while killed:
