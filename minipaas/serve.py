@@ -275,7 +275,9 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         for words in late:
             say(f"NOT durable yet: {words}")
     wiring.edge(settings).stop()
-    PodmanService(settings.data_dir, settings.run_dir).stop()
+    podman = PodmanService(settings.data_dir, settings.run_dir)
+    podman.stop()
+    podman.unmount()
     say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
 
 

@@ -159,7 +159,7 @@ def database_view(database: DatabaseState, volumes: Mapping[str, Volume]) -> Dat
         app=volume.app if volume else "",
         path=_printable(str(database.path)),
         words=database.words,
-        reason=_printable(database.reason),
+        reason=database.reason,
         lag_s=database.lag_s,
         durable=f"{database.timeline}:{database.durable_txid}" if database.timeline else "",
         durable_ms=database.durable_ms,

@@ -128,7 +128,7 @@ class Finder:
         except DatabaseNotReplicable as error:
             return Found(path, str(error))
         except (DatabaseError, OSError) as error:
-            return Found(path, f"it cannot be looked at: {error}") if looks else None
+            return Found(path, f"{path} cannot be looked at: {error}") if looks else None
         if identity:
             ordinary.add(identity)
         if looks and (status.st_size or has_wal):

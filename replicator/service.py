@@ -402,12 +402,13 @@ class Replicator:
 
     def _refuse(self, watched: _Watched, path: Path, reason: str) -> None:
         name = path.relative_to(watched.folder.path)
+        reason = os.fsencode(reason).decode(errors="backslashreplace")  # it is told to people, and may name the file
         refused = _Refused(watched.folder.path, catalogue.replica_of(watched.store, name).url, reason)
         with self._guard:
             is_news = self._refused.get(path) != refused
             self._refused[path] = refused
         if is_news:
-            log.warning("NOT PROTECTED: %s", reason if str(path) in reason else f"{path}: {reason}")
+            log.warning("NOT PROTECTED: %s", reason)
 
     def _adopt(self, watched: _Watched, path: Path) -> None:
         if path in self._databases:
@@ -426,7 +427,7 @@ class Replicator:
                 register=lambda: catalogue.register(watched.store, folder, path),
             )
         except (ReplicatorError, OSError) as error:
-            self._refuse(watched, path, f"it is not replicated yet: {error}")
+            self._refuse(watched, path, f"{path} is not replicated yet: {error}")
         else:
             with self._guard:
                 self._refused.pop(path, None)
