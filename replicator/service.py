@@ -41,6 +41,9 @@ LAST_STEP_S = 1.0
 """A step or an upload that runs when the time for a stop is over gets this much more to end."""
 LOOK_PAUSE_S = 0.05
 """Between two looks at what appeared or went, so that a storm of events costs little."""
+UNREADABLE_S = 0.5
+"""What cannot be read is tried once more when somebody waits for it; it must not use up the time of the others, or of an application that
+is held meanwhile."""
 LINGER_S = 0.5
 """A database that is gone is kept in mind until its last commits are in the store; this long between two looks."""
 
@@ -249,13 +252,14 @@ class Replicator:
         self._discover(watched, path)
         with self._guard:
             refused = [why.reason for why in self._refused.values() if why.folder == path]
-            inside = [known for known in self._databases if known.is_relative_to(path)]
+            inside = [it.worker for known, it in self._databases.items() if known.is_relative_to(path)]
         problems: list[ReplicatorError] = [SyncTimeout(why) for why in refused]
-        for database in inside:  # one that cannot be shipped keeps no other from it
+        # One that cannot be shipped keeps no other from it.
+        for worker in sorted(inside, key=lambda worker: worker.is_unreadable):
             try:
-                self.sync(database, max(0.0, deadline - time.monotonic()))
+                worker.sync(_patience_s(worker, deadline))
             except (DatabaseError, SyncTimeout) as error:
-                if database.exists():
+                if worker.path.exists():
                     problems.append(error)
         if problems:
             raise problems[0]
@@ -459,9 +463,14 @@ def default_state(path: Path) -> Path:
     return path.with_name(f".{path.name}{STATE_SUFFIX}")
 
 
+def _patience_s(worker: DatabaseWorker, deadline: float) -> float:
+    left_s = max(0.0, deadline - time.monotonic())
+    return min(left_s, UNREADABLE_S) if worker.is_unreadable else left_s
+
+
 def _last_sync(worker: DatabaseWorker, deadline: float) -> NotDurable | None:
     try:
-        worker.sync(max(0.1, deadline - time.monotonic()))
+        worker.sync(max(0.1, _patience_s(worker, deadline)))
     except (DatabaseMissing, NotADatabase):
         return None
     except SyncTimeout as error:

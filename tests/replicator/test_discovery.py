@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from watchdog.observers.inotify_c import (
 from replicator import catalogue
 from replicator.database import begins_as_database
 from replicator.discovery import Finder
-from replicator.errors import DatabaseNotReplicable
+from replicator.errors import DatabaseNotReplicable, ReplicatorError
 from replicator.service import Replicator
 from replicator.store.memory import MemoryStore
 from replicator.watch import CalmInotify, Folder
@@ -137,6 +138,32 @@ def test_a_file_that_is_called_a_database_and_is_none_is_shown_until_it_goes(
     (data / "odd-wal").unlink()
     (data / "odd").unlink()
     wait_for(lambda: not reasons(replicator))
+
+
+def test_a_database_that_cannot_be_read_uses_up_the_time_of_no_other_one(replicator: Replicator, data: Path) -> None:
+    make(data / "good.db")
+    (data / "cut.db").write_bytes((data / "good.db").read_bytes()[:100])
+    replicator.add_folder(Folder(data), MemoryStore())
+    wait_for(lambda: protected(replicator) == {"good.db"} and "malformed" in reasons(replicator).get("cut.db", ""))
+    with apsw_connection(data / "good.db") as writer:
+        writer.execute("INSERT INTO ledger(body) VALUES ('y')")
+        began = time.monotonic()
+        with pytest.raises(ReplicatorError, match="cut.db"):
+            replicator.sync_folder(data, 20)
+        assert time.monotonic() - began < 5
+        good = next(status for status in replicator.status() if status.path.name == "good.db")
+        assert good.durable == good.captured
+    began = time.monotonic()
+    replicator.stop(20)
+    assert time.monotonic() - began < 5
+
+
+@contextmanager
+def apsw_connection(path: Path) -> Iterator[apsw.Connection]:
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(5000)
+    yield connection
+    connection.close()
 
 
 def test_what_cannot_be_opened_is_shown_and_found_as_soon_as_it_can(data: Path) -> None:
