@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
-from minipaas import bundle
+from minipaas import bundle, volumes
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
 from minipaas.engine import Engine
@@ -128,6 +128,7 @@ class Server:
             raise NotFound(
                 f"{settings.state_path} does not know node {settings.node_id}; recover on an empty directory"
             )
+        volumes.clean(settings, {volume.id for volume in self.state.volumes()})
         undo.callback(self._leaving.set)
         try:
             self._tenure.begin(on_lost=self.ended.set)
@@ -237,7 +238,7 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         watched = [each for each in state.volumes() if each.state == "created"]
-        watched = [each for each in watched if settings.volume_dir(each.app, each.name).is_dir()]
+        watched = [each for each in watched if not volumes.missing(settings, each)]
         for volume in watched:
             backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
         count, failures = end_containers(engine)
@@ -252,7 +253,9 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         for words in late:
             say(f"NOT durable yet: {words}")
     wiring.edge(settings).stop()
-    PodmanService(settings.data_dir, settings.run_dir).stop()
+    podman = PodmanService(settings.data_dir, settings.run_dir)
+    podman.stop()
+    podman.unmount()
     say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
 
 

@@ -322,9 +322,9 @@ class Platform:
             self._state.add_release(self._new_release(name, number, tag, digest, config))
             self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
             release = self._state.release(name, number)
+            self._drop_old_images(name)
             if release.status == ReleaseStatus.FAILED:
                 raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
-        self._drop_old_images(name)
         return views.release_view(release)
 
     def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
@@ -454,11 +454,12 @@ class Platform:
             )
 
     def _drop_old_images(self, name: str) -> None:
-        """The engine keeps the last few; older ones are in the bucket."""
+        """The engine keeps what serves and the last few; older ones are in the bucket."""
+        live = self._state.desired(name).live
         images = list(dict.fromkeys(release.image for release in self._state.releases(name)))
-        kept = self._world.limits.engine_images
-        for image in images[kept : kept * 2]:
-            self._drop_image(image)
+        for image in images[self._world.limits.engine_images :]:
+            if live is None or image != live.image:
+                self._drop_image(image)
 
     # -- reading
 
@@ -490,7 +491,15 @@ class Platform:
         }
 
     def _database_views(self, volumes: Mapping[str, Volume]) -> list[views.DatabaseView]:
-        return [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        """Of what is replicated; and of each volume that is not, so that what nobody looks at is never called protected."""
+        found = [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        for volume in volumes.values():
+            missing = self._world.missing(volume) if volume.state == "created" else ""
+            at_risk = views.volume_at_risk(volume, str(self._world.directory(volume)), missing, self._world.facts)
+            if at_risk is not None:
+                found = [each for each in found if each.volume != volume.id or not missing]
+                found.append(at_risk)
+        return found
 
     def _node_view(self) -> views.NodeView:
         settings, facts = self._world.settings, self._world.facts
@@ -506,7 +515,7 @@ class Platform:
             fleet=self._state.fleet().id,
             bucket=settings.bucket,
             troubles=troubles,
-            durable=all(each.words.startswith("protected") for each in databases),
+            durable=bool(databases) and all(each.words.startswith("protected") for each in databases),
             databases=databases,
         )
 

@@ -490,8 +490,12 @@ def _no_folder(store: ObjectStore) -> NothingToRestore:
 
 
 def _members(entry: DatabaseConfig) -> Iterable[tuple[Path, ObjectStore]]:
-    paths = [entry.path] if entry.folder is None else sorted(entry.folder.databases())
-    return [(path, _store_of(entry, path)) for path in paths]
+    from replicator.discovery import Finder
+
+    if entry.folder is None:
+        return [(entry.path, _store_of(entry, entry.path))]
+    found = Finder(entry.folder).look(entry.folder.path, ())
+    return [(path, _store_of(entry, path)) for path in sorted(each.path for each in found if not each.problem)]
 
 
 # -- history -----------------------------------------------------------------------------------------------------------

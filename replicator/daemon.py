@@ -277,17 +277,8 @@ class Daemon:
     # -- once ----------------------------------------------------------------------------------------------------------
 
     def _once(self) -> int:
-        outcomes = self._of_folders()
-        for status in self._replicator.status():
-            outcomes.append(self._ship_all(status.path))
+        outcomes = [self._ship_all(status.path) for status in self._replicator.status()]
         return 0 if self._finish(outcomes) else 1
-
-    def _of_folders(self) -> list[Outcome]:
-        """Databases of folders that could not even be taken up."""
-        known = {status.path for status in self._replicator.status()}
-        folders = [entry.folder for entry in self._config.databases if entry.folder is not None]
-        missed = [path for folder in folders for path in folder.databases() if path not in known]
-        return [Outcome(path, None, "it could not be taken up, see above") for path in missed]
 
     def _ship_all(self, path: Path) -> Outcome:
         """Wait as long as there is progress; give up when there was none for the time that a shutdown may take."""

@@ -354,13 +354,34 @@ class LiveDatabase:
             raise DatabaseNotReplicable(f"{self.path}-wal: {error.strerror}; its WAL cannot be read") from error
 
 
-def is_database_file(path: Path) -> bool:
-    """Whether a file begins as an SQLite database does. Drops no lock of this process."""
+def begins_as_database(path: Path) -> bool:
+    """Whether a file begins as an SQLite database does. Drops no lock of this process.
+
+    Raises what ``identify`` does; DatabaseNotReplicable for a name that SQLite cannot use; DatabaseError when it cannot be read.
+    """
+    identify(path)
     try:
-        identify(path)
         return _first_bytes(path) == SQLITE_MAGIC
-    except (DatabaseError, apsw.Error, UnicodeError):
+    except apsw.Error as error:
+        identify(path)
+        raise DatabaseError(f"{path} cannot be opened: {error}; check the permissions") from error
+    except UnicodeError:
+        if _plain_first_bytes(path) == SQLITE_MAGIC:
+            raise DatabaseNotReplicable(f"{path}: its name is not valid UTF-8, which SQLite needs; rename it") from None
         return False
+
+
+def _plain_first_bytes(path: Path) -> bytes:
+    """Of a file that SQLite cannot name. By another name it may be open here, and then it is left alone."""
+    with _open_inodes_guard:
+        identity = identify(path)
+        if (identity.device, identity.inode) in _open_inodes:
+            return b""
+        try:
+            with path.open("rb") as file:
+                return file.read(len(SQLITE_MAGIC))
+        except OSError as error:
+            raise DatabaseError(f"{path} cannot be opened: {error.strerror}; check the permissions") from error
 
 
 def _first_bytes(path: Path) -> bytes:

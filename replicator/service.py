@@ -16,13 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from replicator import catalogue
-from replicator.database import is_database_file
 from replicator.descriptors import shortage
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.discovery import Finder, Found
+from replicator.errors import (
+    DatabaseError,
+    DatabaseMissing,
+    DatabaseNotReplicable,
+    NotADatabase,
+    ReplicatorError,
+    SyncTimeout,
+)
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
-from replicator.watch import STATE_SUFFIX, Folder, Watch
+from replicator.watch import STATE_SUFFIX, CalmInotify, Folder, Watch, companion_of
 from replicator.worker import DatabaseStatus, DatabaseWorker, Protection, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -35,6 +42,9 @@ LAST_STEP_S = 1.0
 """A step or an upload that runs when the time for a stop is over gets this much more to end."""
 LOOK_PAUSE_S = 0.05
 """Between two looks at what appeared or went, so that a storm of events costs little."""
+UNREADABLE_S = 0.5
+"""What cannot be read is tried once more when somebody waits for it; it must not use up the time of the others, or of an application that
+is held meanwhile."""
 LINGER_S = 0.5
 """A database that is gone is kept in mind until its last commits are in the store; this long between two looks."""
 
@@ -55,6 +65,16 @@ class _Watched:
     store: ObjectStore
     state: Path | None
     settings: WorkerSettings
+    finder: Finder
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What was found in a folder and is not replicated: where its replica would be, and why there is none."""
+
+    folder: Path
+    url: str
+    reason: str
 
 
 @dataclass
@@ -70,6 +90,7 @@ class Replicator:
 
     sweep_s: how often everything is looked at without an event. writer: names this writer in the records of its timelines.
     epoch: of the lease under which it writes, 0 without one; raises LeaseLost while no timeline may be begun.
+    inotify: how the kernel is asked for file events. Raises ConfigError when it gives none.
     """
 
     def __init__(
@@ -79,6 +100,7 @@ class Replicator:
         writer: str | None = None,
         epoch: Callable[[], int] = lambda: 0,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        inotify: Callable[[], CalmInotify] = CalmInotify,
     ) -> None:
         self._sweep_s = sweep_s
         self._writer = writer or f"{socket.gethostname()}:{os.getpid()}"
@@ -86,14 +108,15 @@ class Replicator:
         self._now_ms = now_ms
         self._guard = threading.RLock()
         self._databases: dict[Path, _Replicated] = {}
-        self._refused: dict[Path, tuple[str, str]] = {}  # databases in folders that cannot be taken up: URL and reason
+        self._refused: dict[Path, _Refused] = {}
         self._folders: dict[Path, _Watched] = {}
         self._uploads = Crew(UPLOAD_THREADS, "upload")
         self._scheduler: Scheduler[DatabaseWorker] = Scheduler(CAPTURE_THREADS, "capture")
-        self._watch = Watch(self._touched, self._appeared)
+        self._watch = Watch(self._touched, self._appeared, self._lost, inotify)
         self._sweeper = threading.Thread(target=self._sweep_forever, name="sweep", daemon=True)
         self._stopping = threading.Event()
         self._look = threading.Event()
+        self._sweep_now = threading.Event()
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
 
@@ -108,7 +131,7 @@ class Replicator:
     ) -> None:
         """Replicate one database, which may not exist yet. store: its replica. state: folder for the local state of this database.
 
-        Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder cannot be watched.
+        Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder is missing.
         """
         self._add(path.absolute(), store, state, settings or WorkerSettings(), folder=None, register=lambda: None)
 
@@ -117,13 +140,13 @@ class Replicator:
     ) -> None:
         """Replicate every database in a folder, those that appear later too. store: each gets a place of its own in it.
 
-        state: folder below which each database's state goes; None for beside it. Raises ConfigError when it cannot be watched.
+        state: folder below which each database's state goes; None for beside it. Raises ConfigError when it is missing.
         """
         folder = replace(folder, path=folder.path.absolute())
         with self._guard:
             if folder.path in self._folders:
                 return
-            watched = _Watched(folder, store, state, settings or WorkerSettings())
+            watched = _Watched(folder, store, state, settings or WorkerSettings(), Finder(folder))
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
         self._discover(watched, folder.path)
@@ -147,7 +170,7 @@ class Replicator:
                 return
             self._watch.remove_folder(watched.folder)
             found = self._found_in(path)
-            self._refused = {known: why for known, why in self._refused.items() if not known.is_relative_to(path)}
+            self._refused = {known: why for known, why in self._refused.items() if why.folder != path}
         for database in found:
             self.remove(database, timeout_s)
 
@@ -188,19 +211,37 @@ class Replicator:
     # -- how it is -----------------------------------------------------------------------------------------------------
 
     def status(self) -> list[DatabaseStatus]:
-        """Of every database, those too that were found and cannot be replicated."""
+        """Of every database, of what looks like one and cannot be replicated, and of folders that are not watched."""
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
-            refused = [_refusal(path, *why) for path, why in self._refused.items() if path not in self._databases]
-        return sorted([*(worker.status() for worker in workers), *refused], key=lambda status: status.path)
+            refused = [_refusal(path, why) for path, why in self._refused.items() if path not in self._databases]
+            folders = list(self._folders.values())
+        seen = [self._as_watched(worker.status(), worker.path.parent) for worker in workers]
+        for watched in folders:
+            why = self._watch.unwatched(watched.folder.path)
+            if why and not any(status.path.is_relative_to(watched.folder.path) for status in [*seen, *refused]):
+                refused.append(_refusal(watched.folder.path, _Refused(watched.folder.path, watched.store.url, why)))
+        return sorted([*seen, *refused], key=lambda status: status.path)
+
+    def _as_watched(self, status: DatabaseStatus, folder: Path) -> DatabaseStatus:
+        """Of a database whose changes are not seen, nobody knows how safe it is."""
+        why = self._watch.unwatched(folder)
+        if not why or status.protection is Protection.NOT_PROTECTED:
+            return status
+        reason = f"{why}; meanwhile it is looked at every {self._sweep_s:g} s"
+        return replace(status, protection=Protection.NOT_PROTECTED, reason=reason)
 
     def sync(self, path: Path, timeout_s: float) -> Position:
         """Wait until everything committed to the database before the call is durable.
 
-        Raises SyncTimeout; DatabaseMissing, also when it is not replicated here; NotADatabase.
+        Raises SyncTimeout; DatabaseNotReplicable for one that was found and is refused; DatabaseMissing, also when it is not replicated
+        here; NotADatabase.
         """
         with self._guard:
             replicated = self._databases.get(path.absolute())
+            refused = self._refused.get(path.absolute())
+        if replicated is None and refused is not None:
+            raise DatabaseNotReplicable(refused.reason)
         if replicated is None:
             raise DatabaseMissing(f"{path} is not replicated here; `replicator status` lists what is")
         return replicated.worker.sync(timeout_s)
@@ -215,14 +256,15 @@ class Replicator:
         deadline = time.monotonic() + timeout_s
         self._discover(watched, path)
         with self._guard:
-            refused = [why for known, (_, why) in self._refused.items() if known.is_relative_to(path)]
-            inside = [known for known in self._databases if known.is_relative_to(path)]
+            refused = [why.reason for why in self._refused.values() if why.folder == path]
+            inside = [it.worker for known, it in self._databases.items() if known.is_relative_to(path)]
         problems: list[ReplicatorError] = [SyncTimeout(why) for why in refused]
-        for database in inside:  # one that cannot be shipped keeps no other from it
+        # One that cannot be shipped keeps no other from it.
+        for worker in sorted(inside, key=lambda worker: worker.is_unreadable):
             try:
-                self.sync(database, max(0.0, deadline - time.monotonic()))
+                worker.sync(_patience_s(worker, deadline))
             except (DatabaseError, SyncTimeout) as error:
-                if database.exists():
+                if worker.path.exists():
                     problems.append(error)
         if problems:
             raise problems[0]
@@ -261,17 +303,24 @@ class Replicator:
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
-    def _touched(self, path: Path, gone: bool) -> None:
+    def _touched(self, file: Path, gone: bool) -> None:
         """A file event. A known database is woken; what may be a new one, or is gone, is looked at by the sweeper."""
+        path = file if file in self._databases else companion_of(file) or file
         replicated = self._databases.get(path)
         if replicated is not None:
             replicated.worker.touched()
-        is_of_interest = gone or replicated is None
-        if is_of_interest and any(watched.folder.takes(path) for watched in list(self._folders.values())):
-            self._look_at(path)
+        if gone or replicated is None:
+            folders = [watched.folder for watched in list(self._folders.values())]
+            for each in {path, file}:
+                if any(folder.takes(each) for folder in folders):
+                    self._look_at(each)
 
     def _appeared(self, _: Folder, path: Path) -> None:
         self._look_at(path)
+
+    def _lost(self) -> None:
+        self._sweep_now.set()
+        self._look.set()
 
     def _look_at(self, path: Path) -> None:
         with self._look_guard:
@@ -290,7 +339,8 @@ class Replicator:
             with self._look_guard:
                 paths, self._to_look_at = self._to_look_at | lingering, set()
             try:
-                if time.monotonic() >= sweep_at:
+                if time.monotonic() >= sweep_at or self._sweep_now.is_set():
+                    self._sweep_now.clear()
                     sweep_at = time.monotonic() + self._sweep_s
                     paths |= self._sweep()
                 lingering = {path for path in paths if self._examine(path)}
@@ -299,7 +349,7 @@ class Replicator:
             self._stopping.wait(LOOK_PAUSE_S)
 
     def _sweep(self) -> set[Path]:
-        """Look for what events may have missed. Returns the databases that may be gone."""
+        """Look for what events may have missed. Returns what may be gone."""
         try:
             self._watch.renew()
         except ReplicatorError as error:
@@ -317,15 +367,13 @@ class Replicator:
 
     def _examine(self, path: Path) -> bool:
         """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             for watched in list(self._folders.values()):
                 self._discover(watched, path)
             return False
         if os.path.lexists(path):
-            for watched in list(self._folders.values()):
-                if watched.folder.takes(path) and is_database_file(path):
-                    self._adopt(watched, path)
-                    break
+            if path not in self._databases:
+                self._examine_file(path)
             return False
         with self._guard:
             self._refused.pop(path, None)
@@ -338,9 +386,40 @@ class Replicator:
                 self._scheduler.wake(replicated.worker)
         return any(known in self._databases for known in found)
 
+    def _examine_file(self, path: Path) -> None:
+        with self._guard:
+            self._refused.pop(path, None)
+        for watched in list(self._folders.values()):
+            found = watched.finder.look_at(path, self._databases)
+            if found is not None:
+                self._take_up(watched, found)
+                return
+
     def _discover(self, watched: _Watched, below: Path) -> None:
-        for path in watched.folder.databases(below):
-            self._adopt(watched, path)
+        found = watched.finder.look(below, self._databases)
+        for each in found:
+            self._take_up(watched, each)
+        seen = {each.path for each in found}
+        with self._guard:
+            for path, why in list(self._refused.items()):
+                if why.folder == watched.folder.path and path.is_relative_to(below) and path not in seen:
+                    del self._refused[path]
+
+    def _take_up(self, watched: _Watched, found: Found) -> None:
+        if found.problem:
+            self._refuse(watched, found.path, found.problem)
+        else:
+            self._adopt(watched, found.path)
+
+    def _refuse(self, watched: _Watched, path: Path, reason: str) -> None:
+        name = path.relative_to(watched.folder.path)
+        reason = os.fsencode(reason).decode(errors="backslashreplace")  # it is told to people, and may name the file
+        refused = _Refused(watched.folder.path, catalogue.replica_of(watched.store, name).url, reason)
+        with self._guard:
+            is_news = self._refused.get(path) != refused
+            self._refused[path] = refused
+        if is_news:
+            log.warning("NOT PROTECTED: %s", reason)
 
     def _adopt(self, watched: _Watched, path: Path) -> None:
         if path in self._databases:
@@ -358,24 +437,20 @@ class Replicator:
                 folder=folder,
                 register=lambda: catalogue.register(watched.store, folder, path),
             )
-        except ReplicatorError as error:
-            with self._guard:
-                is_news = self._refused.get(path) != (replica.url, str(error))
-                self._refused[path] = (replica.url, str(error))
-            if is_news:
-                log.warning("%s is not replicated yet: %s", path, error)
+        except (ReplicatorError, OSError) as error:
+            self._refuse(watched, path, f"{path} is not replicated yet: {error}")
         else:
             with self._guard:
                 self._refused.pop(path, None)
             log.info("found %s", path)
 
 
-def _refusal(path: Path, url: str, reason: str) -> DatabaseStatus:
+def _refusal(path: Path, why: _Refused) -> DatabaseStatus:
     return DatabaseStatus(
         path=path,
-        url=url,
+        url=why.url,
         protection=Protection.NOT_PROTECTED,
-        reason=reason,
+        reason=why.reason,
         lag_s=0.0,
         captured=None,
         durable=None,
@@ -395,9 +470,14 @@ def default_state(path: Path) -> Path:
     return path.with_name(f".{path.name}{STATE_SUFFIX}")
 
 
+def _patience_s(worker: DatabaseWorker, deadline: float) -> float:
+    left_s = max(0.0, deadline - time.monotonic())
+    return min(left_s, UNREADABLE_S) if worker.is_unreadable else left_s
+
+
 def _last_sync(worker: DatabaseWorker, deadline: float) -> NotDurable | None:
     try:
-        worker.sync(max(0.1, deadline - time.monotonic()))
+        worker.sync(max(0.1, _patience_s(worker, deadline)))
     except (DatabaseMissing, NotADatabase):
         return None
     except SyncTimeout as error:

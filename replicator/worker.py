@@ -16,7 +16,14 @@ from pathlib import Path
 
 from replicator import origin
 from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseMissing,
+    NotADatabase,
+    ReplicatorError,
+    SyncTimeout,
+)
 from replicator.pace import Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
@@ -347,6 +354,11 @@ class DatabaseWorker:
     def is_finished(self) -> bool:
         """Whether the database is gone, and everything that was captured of it is in the store."""
         return isinstance(self._problem, DatabaseMissing) and not self._spool.waiting() and self._shipper.idle
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the database itself, and neither a lock nor the store, kept the last step from capturing it."""
+        return isinstance(self._problem, DatabaseError) and not isinstance(self._problem, DatabaseBusy)
 
     def close(self) -> None:
         """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now."""

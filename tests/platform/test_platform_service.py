@@ -246,3 +246,27 @@ def test_authorise_lets_pass_only_what_a_token_gives() -> None:
     authorise(reader, Action.READ, "guestbook")
     with pytest.raises(Forbidden, match="'reader' does not give the right to: destroy guestbook"):
         authorise(reader, Action.DESTROY, "guestbook")
+
+
+class EveryImageBut(dict[str, int]):
+    """Exit codes of containers of all images but one."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+
+    def get(self, image: str, default: object = None) -> object:  # type: ignore[override]
+        return default if image == self.image else 1
+
+
+def test_the_engine_keeps_the_image_that_serves_and_few_of_those_that_failed(live: Live) -> None:
+    images = live.stage.engine.images
+    images.remote["site"] = make_image([bytes(1024)])
+    request = DeployRequest(Source(kind="image", ref="site"), SITE)
+    live.platform.deploy(OWNER, "site", request)
+    serving = live.stage.state.release("site", 1).image
+    live.stage.engine.fake.faults.crash = EveryImageBut(serving)
+    for _ in range(5):
+        with pytest.raises(DeployFailed):
+            live.platform.deploy(OWNER, "site", request)
+    known = [release.image for release in live.stage.state.releases("site")]
+    assert [image for image in known if images.exists(image)] == [*known[:3], serving]
