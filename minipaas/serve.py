@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from waitress import wasyncore
-from waitress.server import BaseWSGIServer, create_server
-
 from minipaas import bundle
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
@@ -41,6 +38,7 @@ from minipaas.sources import Builder
 from minipaas.state import State
 from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
+from minipaas.web.door import listening
 
 log = logging.getLogger(__name__)
 
@@ -345,33 +343,14 @@ def _end_containers(engine: Engine) -> int:
 @contextmanager
 def _api(platform: Platform, settings: Settings, limits: Limits) -> Iterator[None]:
     """The API answers while the context lasts. Raises Unavailable when the address cannot be had."""
-    server = _listen(platform, settings, limits)
-    thread = threading.Thread(target=server.run, name="api", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.task_dispatcher.shutdown(cancel_pending=True, timeout=1)
-        server.close()
-        wasyncore.close_all(server._map)
-        thread.join(2.0)
-
-
-def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIServer:
     host, port = listen_address(settings.api_listen, "api_listen")
     app = create_app(platform, limits)
     pages.install(app, platform, limits, pages.session_key(settings.data_dir / "session.key"))
-    try:
-        return create_server(
-            app,
-            host=host,
-            port=port,
-            threads=limits.api_threads,
-            max_request_body_size=limits.upload_bytes,
-            channel_request_lookahead=1,
-            ident=None,
-        )
-    except OSError as error:
-        raise Unavailable(
-            f"the API cannot listen on {settings.api_listen}: {error.strerror}; set api_listen"
-        ) from error
+    with ExitStack() as undo:
+        try:
+            undo.enter_context(listening(app, host, port, limits, platform.authenticate))
+        except OSError as error:
+            raise Unavailable(
+                f"the API cannot listen on {settings.api_listen}: {error.strerror}; set api_listen"
+            ) from error
+        yield

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from minipaas import manifest as manifests
 from minipaas import views
@@ -244,10 +243,15 @@ class Platform:
         """Wait, but not longer than minipaas runs."""
         self._world.clock.wait(seconds)
 
-    def upload(self, principal: Principal, stream: IO[bytes]) -> str:
-        """Store the bytes of a readable stream; the id of the upload, good for one deploy."""
+    def begin_upload(self, principal: Principal) -> str:
+        """The id of an upload, good for one deploy, whose bytes follow in parts."""
         authorise(principal, Action.DEPLOY)
-        return self._parts.uploads.store(stream)
+        return self._parts.uploads.begin()
+
+    def write_upload(self, principal: Principal, upload: str, at: int, part: bytes) -> int:
+        """Put bytes at an offset, each part at once or again; the size so far. Raises Conflict when a part before is missing."""
+        authorise(principal, Action.DEPLOY)
+        return self._parts.uploads.write(upload, at, part)
 
     # -- a deploy, step by step
 

@@ -42,6 +42,9 @@ class Limits:
     unpacked_bytes: int = 8 << 30
     unpacked_files: int = 200_000
     upload_keep_s: float = 3600.0
+    connections: int = 512
+    request_within_s: float = 15.0
+    body_silence_s: float = 60.0
     followers: int = 8
     api_threads: int = 24
     log_tail: int = 10

@@ -16,13 +16,14 @@ from flask import Blueprint, Response, g, request
 
 from minipaas.access import Action, Principal, authorise
 from minipaas.engine import LogLine
-from minipaas.errors import BadRequest, PlatformError, TooManyClients
+from minipaas.errors import BadRequest, PlatformError, TooManyClients, TooMuch
 from minipaas.service import DeployRequest, Platform, Progress
 from minipaas.settings import Limits
 from minipaas.sources import Source
+from minipaas.web.door import MAX_BODY_BYTES
 
 NDJSON = "application/x-ndjson"
-MAX_JSON_BYTES = 4 << 20
+MAX_TAIL = 1_000_000
 EVENTS_EVERY_S = 0.5
 KEEPALIVE_S = 15.0
 LOOK_S = 1.0
@@ -63,7 +64,8 @@ class Api:
         self._route("GET", "/status", Action.READ, self._status)
         self._route("GET", "/events", Action.READ, self._events)
         self._route("GET", "/volumes", Action.READ, self._volumes)
-        self._route("PUT", "/uploads", Action.DEPLOY, self._upload)
+        self._route("POST", "/uploads", Action.DEPLOY, self._begin_upload)
+        self._route("PUT", "/uploads/<upload>", Action.DEPLOY, self._write_upload)
         self._route("GET", "/apps", Action.READ, self._apps)
         self._route("POST", "/apps", Action.CREATE, self._create)
         self._route("GET", "/apps/<app>", Action.READ, self._app)
@@ -99,8 +101,14 @@ class Api:
         stream = snapshots(self._platform, _principal(), _gone())
         return _stream(stream, "text/event-stream", self._followers.release)
 
-    def _upload(self) -> Response:
-        return _json({"id": self._platform.upload(_principal(), request.stream)}, 201)
+    def _begin_upload(self) -> Response:
+        return _json({"id": self._platform.begin_upload(_principal())}, 201)
+
+    def _write_upload(self, upload: str) -> Response:
+        at = _number("at", most=1 << 50)
+        if at is None:
+            raise BadRequest("say where the part begins: ?at=BYTES")
+        return _json({"size": self._platform.write_upload(_principal(), upload, at, _bytes())})
 
     # -- apps
 
@@ -132,7 +140,7 @@ class Api:
 
     def _logs(self, app: str) -> Response:
         follow, gone = _flag("follow"), _gone()
-        lines = self._platform.logs(_principal(), app, tail=_number("tail"), follow=follow, gone=gone)
+        lines = self._platform.logs(_principal(), app, tail=_number("tail", most=MAX_TAIL), follow=follow, gone=gone)
         if not follow:
             return Response(b"".join(_log_line(*line) for line in lines), mimetype=NDJSON)
         self._take(self._followers)
@@ -261,13 +269,19 @@ def _gone() -> Callable[[], bool]:
     return gone
 
 
+def _bytes() -> bytes:
+    """The body. Raises TooMuch."""
+    content = request.stream.read(MAX_BODY_BYTES + 1)
+    if len(content) > MAX_BODY_BYTES:
+        raise TooMuch(f"a request may have {MAX_BODY_BYTES >> 20} MiB; send files in parts to /v1/uploads")
+    return content
+
+
 def _body(kind: type[_T]) -> _T:
-    """The JSON body as a value. Raises BadRequest that names the field."""
-    if (request.content_length or 0) > MAX_JSON_BYTES:
-        raise BadRequest(f"the request is larger than {MAX_JSON_BYTES >> 20} MiB; upload files with PUT /v1/uploads")
+    """The JSON body as a value. Raises BadRequest that names the field, TooMuch."""
     try:
-        return msgspec.json.decode(request.stream.read(MAX_JSON_BYTES), type=kind)
-    except msgspec.MsgspecError as error:
+        return msgspec.json.decode(_bytes(), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body of the request is wrong: {error}") from error
 
 
@@ -275,12 +289,12 @@ def _flag(name: str) -> bool:
     return request.args.get(name, "").lower() in ("1", "true", "yes")
 
 
-def _number(name: str) -> int | None:
+def _number(name: str, *, most: int) -> int | None:
     text = request.args.get(name)
     if text is None:
         return None
-    if not text.isdecimal():
-        raise BadRequest(f"{name}={text!r} is not a number")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
+        raise BadRequest(f"{name}={text[:40]!r} is not a number from 0 to {most}")
     return int(text)
 
 

@@ -370,7 +370,9 @@ class Live:
         self.stage.state.close()
 
     def upload(self, files: Mapping[str, bytes]) -> str:
-        return self.platform.upload(OWNER, BytesIO(tar_of(files)))
+        upload = self.platform.begin_upload(OWNER)
+        self.platform.write_upload(OWNER, upload, 0, tar_of(files))
+        return upload
 
 
 def tar_of(files: Mapping[str, bytes]) -> bytes:

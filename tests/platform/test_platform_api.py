@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from io import BytesIO
 
 import pytest
 from flask.testing import FlaskClient
@@ -32,8 +31,14 @@ class Api:
         )
         return {"Authorization": f"Bearer {token}"}
 
+    def upload(self, content: bytes) -> str:
+        upload = str(self.client.post("/v1/uploads", headers=self.owner).json["id"])  # type: ignore[index]
+        answer = self.client.put(f"/v1/uploads/{upload}?at=0", data=content, headers=self.owner)
+        assert answer.json == {"size": len(content)}
+        return upload
+
     def deploy(self) -> list[dict[str, object]]:
-        upload = self.client.put("/v1/uploads", data=tar_of(FILES), headers=self.owner).json["id"]  # type: ignore[index]
+        upload = self.upload(tar_of(FILES))
         body = {"source": {"kind": "source", "upload": upload}, "manifest": GUESTBOOK, "file": "minipaas.toml"}
         answer = self.client.post("/v1/apps/guestbook/deploys", json=body, headers=self.owner)
         assert answer.mimetype == "application/x-ndjson"
@@ -71,7 +76,7 @@ def test_a_deploy_streams_its_steps_and_its_end(api: Api) -> None:
 
 
 def test_a_deploy_goes_on_when_the_client_goes_away(api: Api) -> None:
-    upload = api.client.put("/v1/uploads", data=tar_of(FILES), headers=api.owner).json["id"]
+    upload = api.upload(tar_of(FILES))
     body = {"source": {"kind": "source", "upload": upload}, "manifest": GUESTBOOK}
     answer = api.client.post("/v1/apps/guestbook/deploys", json=body, headers=api.owner, buffered=False)
     next(answer.response)
@@ -92,6 +97,11 @@ def test_a_deploy_that_fails_ends_with_the_reason(api: Api) -> None:
         ("PATCH", "/v1/apps", 405, "BadRequest"),
         ("POST", "/v1/apps", 400, "BadRequest"),
         ("GET", "/v1/apps/nobody/logs?tail=x", 400, "BadRequest"),
+        ("GET", f"/v1/apps/nobody/logs?tail={'9' * 5000}", 400, "BadRequest"),
+        ("GET", "/v1/apps/nobody/logs?tail=99999999999", 400, "BadRequest"),
+        ("PUT", "/v1/uploads/up_1?at=0", 400, "BadRequest"),
+        ("PUT", f"/v1/uploads/up_{'0' * 24}?at=0", 404, "NotFound"),
+        ("PUT", f"/v1/uploads/up_{'0' * 24}", 400, "BadRequest"),
         ("POST", "/v1/apps/nobody/restart", 404, "NotFound"),
     ],
 )
@@ -108,9 +118,18 @@ def test_an_unknown_field_is_refused_by_name(api: Api) -> None:
 
 
 def test_an_upload_beyond_the_limit_is_refused_and_not_kept(api: Api) -> None:
-    answer = api.client.put("/v1/uploads", data=BytesIO(bytes(2 << 20)), headers=api.owner)
+    upload = api.upload(bytes(QUICK.upload_bytes))
+    answer = api.client.put(f"/v1/uploads/{upload}?at={QUICK.upload_bytes}", data=b"x", headers=api.owner)
     assert (answer.status_code, answer.json["error"]["code"]) == (413, "TooMuch")
     assert list(api.live.uploads._directory.iterdir()) == []
+
+
+def test_a_part_of_an_upload_may_come_again_but_none_may_be_left_out(api: Api) -> None:
+    upload = api.upload(b"first")
+    for at, status in ((5, 200), (5, 200), (11, 409)):
+        answer = api.client.put(f"/v1/uploads/{upload}?at={at}", data=b"again", headers=api.owner)
+        assert answer.status_code == status
+    assert api.live.uploads.path(upload).read_bytes() == b"firstagain"
 
 
 def test_apps_volumes_releases_and_status_are_lists_and_values(api: Api) -> None:
