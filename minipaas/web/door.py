@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
@@ -56,18 +56,21 @@ def listening(app: Flask, host: str, port: int, limits: Limits, authenticate: _A
             _Door(app, channels, dispatcher, adjustments, address, bounds, authenticate)
             for address in adjustments.listen
         ]
-        thread = Thread(target=doors[0].run, name="api", daemon=True)
+        leaving = Event()
+        thread = Thread(target=_run, args=(channels, leaving), name="api", daemon=True)
         thread.start()
-        undo.callback(_end, doors[0], channels, thread)
+        undo.callback(thread.join, 2.0)
+        undo.callback(doors[0].pull_trigger)
+        undo.callback(leaving.set)
         undo.callback(dispatcher.shutdown, cancel_pending=True, timeout=1)
         dispatcher.set_thread_count(limits.api_threads)
         yield
 
 
-def _end(door: _Door, channels: dict[int, Any], thread: Thread) -> None:
-    """Connections are closed by the thread that owns them."""
-    door.trigger.pull_trigger(partial(wasyncore.close_all, channels))
-    thread.join(2.0)
+def _run(channels: dict[int, Any], leaving: Event) -> None:
+    """The thread that owns all connections. ``poll``, since ``select`` cannot watch descriptors above 1023."""
+    while not leaving.is_set():
+        wasyncore.poll2(1.0, channels)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,11 @@ def _bounds(limits: Limits) -> Bounds:
 
 
 def _adjustments(host: str, port: int, bounds: Bounds) -> Adjustments:
-    """``select`` cannot watch descriptors above 1023, so it is ``poll``. One request of a connection at a time is worked on."""
+    """One request of a connection at a time is worked on."""
     return Adjustments(
         host=host,
         port=port,
         ident=None,
-        asyncore_use_poll=True,
         cleanup_interval=1,
         channel_request_lookahead=1,
         connection_limit=bounds.connections + 64,
