@@ -102,7 +102,7 @@ class Platform:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._world, self._state = parts, parts.world, parts.world.state
-        self._turns = Turns()
+        self._turns = Turns(self._world.limits.waiting_changes)
         self._http_port = listen_address(self._world.settings.http_listen, "http_listen")[1]
         self._state.subscribe(lambda app: parts.hub.publish(app, ""))
         self._state.subscribe(lambda app: self._world.facts.touch())
@@ -141,12 +141,16 @@ class Platform:
     def restart(self, principal: Principal, name: str, on_progress: OnProgress = _silent) -> None:
         """Every machine is started anew, requests wait meanwhile; returns when all are healthy. Raises Unavailable, TimedOut."""
         authorise(principal, Action.RESTART, name)
-        with self._turn(name, f"a restart by {principal.name}", on_progress), self._parts.hub.listen(name) as lines:
+        limit_s = self._world.limits.restart_wait_s
+        with (
+            self._turn(name, f"a restart by {principal.name}", on_progress, limit_s),
+            self._parts.hub.listen(name) as lines,
+        ):
             self._existing(name)
             if self._state.desired(name).live is None:
                 raise Conflict(f"{name} has no release that runs; deploy one first")
             self._state.restart_machines(name)
-            self._until(name, lines, on_progress, self._world.limits.restart_wait_s, lambda: self._restarted(name))
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name))
 
     # -- releases
 
@@ -167,7 +171,7 @@ class Platform:
         check_name(name)
         manifest = self._read_manifest(name, request, on_progress)
         try:
-            with self._turn(name, f"a deploy by {principal.name}", on_progress):
+            with self._turn(name, f"a deploy by {principal.name}", on_progress, self._world.limits.turn_wait_s):
                 self._ensure_app(principal, name, on_progress)
                 number = self._state.next_release(name)
                 tag = image_tag(name, number)
@@ -389,8 +393,10 @@ class Platform:
             if line := lines.get_nowait():
                 on_progress(Progress("step", line, number))
 
-    def _turn(self, name: str, who: str, on_progress: OnProgress) -> AbstractContextManager[None]:
-        return self._turns.take(name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")))
+    def _turn(self, name: str, who: str, on_progress: OnProgress, limit_s: float) -> AbstractContextManager[None]:
+        return self._turns.take(
+            name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")), limit_s
+        )
 
     def _change_secrets(
         self,
@@ -400,16 +406,15 @@ class Platform:
         drop: Sequence[str],
         on_progress: OnProgress,
     ) -> views.ReleaseView | None:
-        with self._turn(name, f"a change of secrets by {principal.name}", on_progress):
+        limit_s = self._world.limits.restart_wait_s
+        with self._turn(name, f"a change of secrets by {principal.name}", on_progress, limit_s):
             self._existing(name)
             self._state.change_secrets(name, put, drop)
             live = self._state.desired(name).live
             if live is None:
                 return None
             number = self._state.next_release(name)
-            return self._release(
-                name, number, live.image, live.image_digest, live.config, self._world.limits.restart_wait_s, on_progress
-            )
+            return self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
 
     def _drop_image(self, tag: str) -> None:
         """Tidying up after a failure, which must stay the one that the user sees."""
@@ -495,7 +500,7 @@ class Platform:
         self, container: Container, tail: int | None, follow: bool, gone: Callable[[], bool]
     ) -> Iterator[tuple[str, LogLine]]:
         try:
-            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow):
+            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow, gone=gone):
                 yield container.labels.get(LABEL_MACHINE, ""), line
                 if gone():
                     return

@@ -1,7 +1,7 @@
 """The JSON API: /v1, with a bearer token. What the command line speaks.
 
 Owns the shapes of requests and answers, and how errors look. Never decides anything: ``service.Platform`` does, authorisation
-included. Answers that last (deploys, followed logs, events) have a limit in number, so that they never take all threads.
+included. Answers that last (changes of an app, logs, events) have a limit in number, so that they never take all threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,7 +29,6 @@ MAX_TAIL = 1_000_000
 EVENTS_EVERY_S = 0.5
 KEEPALIVE_S = 15.0
 LOOK_S = 1.0
-DEPLOYS_AT_ONCE = 4
 
 _T = TypeVar("_T")
 _View = Callable[..., Response]
@@ -54,7 +55,7 @@ class Api:
     def __init__(self, platform: Platform, limits: Limits) -> None:
         self._platform = platform
         self._followers = threading.BoundedSemaphore(limits.followers)
-        self._deploys = threading.BoundedSemaphore(DEPLOYS_AT_ONCE)
+        self._changes = threading.BoundedSemaphore(limits.changes)
         self._actions: dict[str, Action] = {}
         self.blueprint = Blueprint("api", __name__, url_prefix="/v1")
         self.blueprint.before_request(self._admit)
@@ -125,7 +126,8 @@ class Api:
         return _json(self._platform.destroy(_principal(), app))
 
     def _restart(self, app: str) -> Response:
-        self._platform.restart(_principal(), app)
+        with self._change():
+            self._platform.restart(_principal(), app)
         return _json(self._platform.app(_principal(), app))
 
     def _releases(self, app: str) -> Response:
@@ -134,17 +136,20 @@ class Api:
     def _deploy(self, app: str) -> Response:
         body = _body(Deploy)
         wish = DeployRequest(body.source, body.manifest, body.file, body.build_args)
-        self._take(self._deploys)
-        stream = _deploy_lines(self._platform, _principal(), app, wish, _gone())
-        return _stream(stream, NDJSON, self._deploys.release)
+        self._take(self._changes)
+        lines = _deploy_lines(self._platform, _principal(), app, wish, _gone(), self._changes.release)
+        return _stream(lines, NDJSON)
 
     def _logs(self, app: str) -> Response:
-        follow, gone = _flag("follow"), _gone()
-        lines = self._platform.logs(_principal(), app, tail=_number("tail", most=MAX_TAIL), follow=follow, gone=gone)
-        if not follow:
-            return Response(b"".join(_log_line(*line) for line in lines), mimetype=NDJSON)
+        tail, follow = _number("tail", most=MAX_TAIL), _flag("follow")
         self._take(self._followers)
-        return _stream(_followed(lines, gone), NDJSON, self._followers.release)
+        try:
+            lines = self._platform.logs(_principal(), app, tail=tail, follow=follow, gone=_gone())
+            first = [] if follow else list(islice(lines, 1))
+        except BaseException:
+            self._followers.release()
+            raise
+        return _stream((_log_line(*line) for line in chain(first, lines)), NDJSON, self._followers.release)
 
     # -- secrets
 
@@ -153,14 +158,27 @@ class Api:
         return _json([{"name": name, "updated_ms": at} for name, at in times.items()])
 
     def _set_secrets(self, app: str) -> Response:
-        return _json({"release": self._platform.set_secrets(_principal(), app, _body(dict[str, str]))})
+        values = _body(dict[str, str])
+        with self._change():
+            return _json({"release": self._platform.set_secrets(_principal(), app, values)})
 
     def _unset_secrets(self, app: str) -> Response:
-        return _json({"release": self._platform.unset_secrets(_principal(), app, _body(UnsetSecrets).names)})
+        names = _body(UnsetSecrets).names
+        with self._change():
+            return _json({"release": self._platform.unset_secrets(_principal(), app, names)})
 
     def _take(self, places: threading.BoundedSemaphore) -> None:
         if not places.acquire(blocking=False):
-            raise TooManyClients("too many clients follow already; end one of them, or try again later")
+            what = "changes are under way" if places is self._changes else "clients follow"
+            raise TooManyClients(f"as many {what} as there may be at once; try again when one of them has ended")
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        self._take(self._changes)
+        try:
+            yield
+        finally:
+            self._changes.release()
 
 
 def error_answer(error: PlatformError) -> Response:
@@ -184,9 +202,14 @@ def snapshots(platform: Platform, principal: Principal, gone: Callable[[], bool]
 
 
 def _deploy_lines(
-    platform: Platform, principal: Principal, app: str, wish: DeployRequest, gone: Callable[[], bool]
+    platform: Platform,
+    principal: Principal,
+    app: str,
+    wish: DeployRequest,
+    gone: Callable[[], bool],
+    on_end: Callable[[], None],
 ) -> Iterator[bytes]:
-    """What happens, to the end; the deploy goes on when nobody listens any more."""
+    """What happens, to the end; the deploy goes on when nobody listens any more, and ``on_end`` is called when it is over."""
     lines: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
     listening = threading.Event()
     listening.set()
@@ -205,46 +228,25 @@ def _deploy_lines(
             tell(Progress("failed", f"internal error: {error!r}; see the log of minipaas serve"))
             raise
         finally:
+            on_end()
             lines.put(None)
 
-    threading.Thread(target=work, name=f"deploy-{app}", daemon=True).start()
+    try:
+        threading.Thread(target=work, name=f"deploy-{app}", daemon=True).start()
+    except RuntimeError:
+        on_end()
+        raise
+    return _told(lines, listening, gone)
+
+
+def _told(
+    lines: queue.SimpleQueue[Progress | None], listening: threading.Event, gone: Callable[[], bool]
+) -> Iterator[bytes]:
     try:
         for progress in _until_none(lines, gone):
             yield _line({"event": progress.kind, "text": progress.text, "release": progress.release})
     finally:
         listening.clear()
-
-
-def _followed(lines: Iterator[tuple[str, LogLine]], gone: Callable[[], bool]) -> Iterator[bytes]:
-    """The engine gives the next line when there is one; a thread waits for it, so that a client that goes is noticed."""
-    waiting: queue.Queue[tuple[str, LogLine] | None] = queue.Queue(maxsize=1000)
-    ended = threading.Event()
-
-    def pump() -> None:
-        try:
-            for line in lines:
-                while not ended.is_set():
-                    try:
-                        waiting.put(line, timeout=LOOK_S)
-                        break
-                    except queue.Full:
-                        continue
-                if ended.is_set():
-                    return
-        finally:
-            ended.set()
-
-    threading.Thread(target=pump, name="logs", daemon=True).start()
-    try:
-        while not gone() and not (ended.is_set() and waiting.empty()):
-            try:
-                line = waiting.get(timeout=LOOK_S)
-            except queue.Empty:
-                continue
-            if line is not None:
-                yield _log_line(*line)
-    finally:
-        ended.set()
 
 
 def _until_none(lines: queue.SimpleQueue[_T | None], gone: Callable[[], bool]) -> Iterator[_T]:
@@ -310,7 +312,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status=status, mimetype="application/json")
 
 
-def _stream(chunks: Iterator[bytes], mimetype: str, on_close: Callable[[], None]) -> Response:
+def _stream(chunks: Iterator[bytes], mimetype: str, on_close: Callable[[], None] = lambda: None) -> Response:
     response = Response(chunks, mimetype=mimetype, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     response.call_on_close(on_close)
     return response

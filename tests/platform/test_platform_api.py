@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,7 @@ from platform_support import GUESTBOOK, QUICK, Live, tar_of, until
 
 from minipaas.access import new_token, token_hash
 from minipaas.model import Token
+from minipaas.settings import Limits
 from minipaas.web import create_app
 
 FILES = {"Containerfile": b"FROM scratch\n"}
@@ -166,6 +169,53 @@ def test_events_begin_with_a_snapshot(api: Api) -> None:
     answer.close()
     assert first.startswith(b"event: snapshot\ndata: {")
     assert json.loads(first.split(b"data: ")[1])["node"]["name"] == "a"
+
+
+def test_changes_that_wait_are_bounded_and_status_answers(api: Api) -> None:
+    api.deploy()
+    answers: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+
+    def restart() -> None:
+        answer = api.flask.test_client().post("/v1/apps/guestbook/restart", headers=api.owner)
+        answers.put((answer.status_code, answer.json.get("error", {}).get("message", "")))  # type: ignore[union-attr]
+
+    with api.live.platform._turns.take("guestbook", "a deploy by alice", print, 1.0):
+        threads = [threading.Thread(target=restart) for _ in range(QUICK.changes + 4)]
+        for thread in threads:
+            thread.start()
+        refused = [answers.get(timeout=5) for _ in range(len(threads) - QUICK.waiting_changes)]
+        assert {status for status, _ in refused} == {429}
+        assert any("busy with a deploy by alice" in words for _, words in refused)
+        assert api.client.get("/v1/status", headers=api.owner).status_code == 200
+    assert [answers.get(timeout=10)[0] for _ in range(QUICK.waiting_changes)] == [200] * QUICK.waiting_changes
+    for thread in threads:
+        thread.join(5)
+
+
+def test_a_deploy_counts_until_it_is_over_though_its_client_has_gone(api: Api) -> None:
+    go_on = threading.Event()
+    api.live.before_push = lambda: go_on.wait(10)
+    for number in range(QUICK.changes):
+        begin_and_leave(api, f"app-{number}")
+    refused = api.client.post("/v1/apps/app-0/restart", headers=api.owner)
+    assert (refused.status_code, refused.json["error"]["code"]) == (429, "TooManyClients")
+    go_on.set()
+    until(lambda: api.client.post("/v1/apps/nobody/restart", headers=api.owner).status_code == 404)
+    until(lambda: [app["state"] for app in api.client.get("/v1/apps", headers=api.owner).json].count("deployed") == 8)
+
+
+def begin_and_leave(api: Api, app: str) -> None:
+    upload = api.upload(tar_of(FILES))
+    manifest = GUESTBOOK.replace("guestbook", app)
+    body = {"source": {"kind": "source", "upload": upload}, "manifest": manifest}
+    answer = api.client.post(f"/v1/apps/{app}/deploys", json=body, headers=api.owner, buffered=False)
+    assert answer.status_code == 200
+    answer.close()
+
+
+def test_answers_that_last_leave_threads_for_those_that_do_not() -> None:
+    limits = Limits()
+    assert 2 * limits.followers + limits.changes + 8 <= limits.api_threads
 
 
 def test_no_more_clients_follow_than_there_may_be(api: Api) -> None:

@@ -141,6 +141,29 @@ def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> Non
     server.stop()
 
 
+def test_followers_of_a_quiet_app_that_leave_make_room_for_others(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_site(server, host)
+    headers = {"Authorization": f"Bearer {read_local_token(settings.data_dir)}"}
+
+    def follow(path: str) -> requests.Response:
+        return requests.get(f"http://{settings.api_listen}{path}", headers=headers, stream=True, timeout=5)
+
+    for path in ("/v1/apps/site/logs?follow=1", "/v1/events"):
+        container = host.engine.running()[0].name
+        host.engine.fake.containers.say(container, "the only line")
+        followers = [follow(path) for _ in range(QUICK.followers)]
+        assert [each.status_code for each in followers] == [200] * QUICK.followers
+        assert follow(path).status_code == 429
+        assert requests.get(f"http://{settings.api_listen}/v1/status", headers=headers, timeout=2).ok
+        for each in followers:
+            each.close()
+        until(lambda path=path: follow(path).status_code == 200)
+    server.stop()
+
+
 def replace_port(settings: Settings) -> Settings:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
