@@ -39,6 +39,7 @@ from minipaas.state import State
 from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
 from minipaas.web.door import listening
+from minipaas.web.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -345,7 +346,7 @@ def _api(platform: Platform, settings: Settings, limits: Limits) -> Iterator[Non
     """The API answers while the context lasts. Raises Unavailable when the address cannot be had."""
     host, port = listen_address(settings.api_listen, "api_listen")
     app = create_app(platform, limits)
-    pages.install(app, platform, limits, pages.session_key(settings.data_dir / "session.key"))
+    pages.install(app, platform, limits, Sessions(settings.data_dir / "sessions.json", now_ms))
     with ExitStack() as undo:
         try:
             undo.enter_context(listening(app, host, port, limits, platform.authenticate))
