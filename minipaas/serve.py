@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from minipaas import bundle
@@ -111,6 +113,7 @@ class Server:
         settings, limits = self.settings, self._wiring.limits
         _make_directories(settings)
         undo.enter_context(data_lock(settings))
+        scratch = _emptied(settings.data_dir / "scratch")
         self.state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
         sealer = Sealer(read_node_identity(settings.key_path), self.state.fleet().recovery_recipient)
         node = next((node for node in self.state.nodes() if node.id == settings.node_id), None)
@@ -126,7 +129,6 @@ class Server:
         backups = self._wiring.backups(settings)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
-        scratch = settings.data_dir / "scratch"
         clock = StopClock()
         hub = Hub()
         self.world = World(
@@ -300,9 +302,16 @@ def now_ms() -> int:
 
 
 def _make_directories(settings: Settings) -> None:
-    for directory in (settings.run_dir, settings.volumes_dir, settings.data_dir / "scratch"):
+    for directory in (settings.run_dir, settings.volumes_dir):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.data_dir.chmod(0o700)
+
+
+def _emptied(directory: Path) -> Path:
+    """What a process that was killed left in it is nobody's: whoever asks holds the lock on the data directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
 
 
 class _Closable(Protocol):

@@ -204,6 +204,22 @@ def test_the_next_serve_adopts_what_runs(settings: Settings, host: Host) -> None
     second.stop()
 
 
+def test_what_a_killed_process_left_half_done_goes_at_the_next_start(settings: Settings, host: Host) -> None:
+    left = [settings.data_dir / "scratch" / "push-x.tar", settings.uploads_dir / "tree_1" / "Containerfile"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"left behind")
+    server = Server(settings, host.wiring)
+    server.start()
+    assert list((settings.data_dir / "scratch").iterdir()) + list(settings.uploads_dir.iterdir()) == []
+    kept = settings.data_dir / "scratch" / "in-use"
+    kept.touch()
+    with pytest.raises(AlreadyRunning):
+        Server(settings, host.wiring).start()
+    assert kept.exists()
+    server.stop()
+
+
 def test_an_address_that_is_taken_is_named_and_nothing_stays_locked(settings: Settings, host: Host) -> None:
     changed = replace_port(settings)
     with socket.socket() as taken:
