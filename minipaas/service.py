@@ -27,6 +27,7 @@ from minipaas.errors import (
     DeployFailed,
     EngineError,
     NotFound,
+    SealBroken,
     TimedOut,
     Unavailable,
 )
@@ -80,6 +81,15 @@ class DeployRequest:
     manifest: str
     file: str = "minipaas.toml"
     build_args: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SecretsChange:
+    """changed: names of secrets that are not as they were, or not as the app that runs has them. release: the number of the one
+    that runs with them now; None when nothing changed, or nothing runs."""
+
+    changed: tuple[str, ...] = ()
+    release: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,20 +203,24 @@ class Platform:
 
     def set_secrets(
         self, principal: Principal, name: str, values: Mapping[str, str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
-        """Sealed and kept; a running app gets them with a new release of the same image. None when nothing runs yet."""
+    ) -> SecretsChange:
+        """Sealed and kept; a running app gets what is new with a new release of the same image. Raises BadRequest for no values."""
         authorise(principal, Action.SECRETS, name)
+        if not values:
+            raise BadRequest("no secret is named; give at least one, with its value")
         for key, value in values.items():
             check_variable(key)
             if len(value.encode()) > MAX_SECRET_BYTES or "\0" in value:
                 raise BadRequest(f"the value of {key} is longer than {MAX_SECRET_BYTES >> 10} KiB, or has a zero byte")
-        sealed = {key: self._world.sealer.seal(value) for key, value in values.items()}
-        return self._change_secrets(principal, name, sealed, (), on_progress)
+        return self._change_secrets(principal, name, values, (), on_progress)
 
     def unset_secrets(
         self, principal: Principal, name: str, names: Sequence[str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
+    ) -> SecretsChange:
+        """Raises NotFound when one of them is not there, BadRequest when none is named."""
         authorise(principal, Action.SECRETS, name)
+        if not names:
+            raise BadRequest("no secret is named; give the names of those that are to go")
         unknown = sorted(set(names) - set(self._state.secret_times(name)))
         if unknown:
             raise NotFound(f"{name} has no secret {', '.join(unknown)}; see: minipaas secrets list")
@@ -402,19 +416,38 @@ class Platform:
         self,
         principal: Principal,
         name: str,
-        put: Mapping[str, bytes],
+        put: Mapping[str, str],
         drop: Sequence[str],
         on_progress: OnProgress,
-    ) -> views.ReleaseView | None:
+    ) -> SecretsChange:
         limit_s = self._world.limits.restart_wait_s
         with self._turn(name, f"a change of secrets by {principal.name}", on_progress, limit_s):
             self._existing(name)
-            self._state.change_secrets(name, put, drop)
             live = self._state.desired(name).live
+            before = self._opened(self._state.secrets(name))
+            after = {key: value for key, value in {**before, **put}.items() if key not in drop}
+            running = self._opened(self._state.release_secrets(name, live.number)) if live else after
+            names = sorted({*before, *after, *running})
+            changed = tuple(key for key in names if not before.get(key) == after.get(key) == running.get(key))
+            if not changed:
+                return SecretsChange()
+            sealed = {key: self._world.sealer.seal(put[key]) for key in put if key in changed}
+            self._state.change_secrets(name, sealed, drop)
             if live is None:
-                return None
+                return SecretsChange(changed)
             number = self._state.next_release(name)
-            return self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            return SecretsChange(changed, number)
+
+    def _opened(self, secrets: Mapping[str, bytes]) -> dict[str, str | bytes]:
+        """Values; what cannot be opened stays as it is, so that it equals no value and can be set anew."""
+        return {name: self._unsealed(sealed) for name, sealed in secrets.items()}
+
+    def _unsealed(self, sealed: bytes) -> str | bytes:
+        try:
+            return self._world.sealer.unseal(sealed)
+        except SealBroken:
+            return sealed
 
     def _drop_image(self, tag: str) -> None:
         """Tidying up after a failure, which must stay the one that the user sees."""

@@ -264,7 +264,7 @@ def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
         name, separator, value = pair.partition("=")
         values[name] = value if separator and value != "-" else sys.stdin.read().rstrip("\n")
     answer = client.put(f"/v1/apps/{_app('', app)}/secrets", values)
-    click.echo(_changed(len(values), "set", answer["release"]))
+    click.echo(_changed("set", answer))
 
 
 @secrets.command()
@@ -274,11 +274,14 @@ def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
 def unset(client: Client, names: tuple[str, ...], app: str) -> None:
     """Remove secrets."""
     answer = client.delete(f"/v1/apps/{_app('', app)}/secrets", {"names": list(names)})
-    click.echo(_changed(len(names), "removed", answer["release"]))
+    click.echo(_changed("removed", answer))
 
 
-def _changed(count: int, what: str, release: int | None) -> str:
-    return f"{count} {what}" + (f"; v{release} runs with them" if release else "; the first release will run with them")
+def _changed(what: str, answer: dict[str, Any]) -> str:
+    if not answer["changed"]:
+        return "nothing changed: the values are the same"
+    runs = f"v{answer['release']} runs with them" if answer["release"] else "the first release will run with them"
+    return f"{len(answer['changed'])} {what}; {runs}"
 
 
 COMMANDS = (apps, status, logs, restart, destroy, releases, volumes, secrets)

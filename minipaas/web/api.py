@@ -160,12 +160,12 @@ class Api:
     def _set_secrets(self, app: str) -> Response:
         values = _body(dict[str, str])
         with self._change():
-            return _json({"release": self._platform.set_secrets(_principal(), app, values)})
+            return _json(self._platform.set_secrets(_principal(), app, values))
 
     def _unset_secrets(self, app: str) -> Response:
         names = _body(UnsetSecrets).names
         with self._change():
-            return _json({"release": self._platform.unset_secrets(_principal(), app, names)})
+            return _json(self._platform.unset_secrets(_principal(), app, names))
 
     def _take(self, places: threading.BoundedSemaphore) -> None:
         if not places.acquire(blocking=False):

@@ -102,6 +102,8 @@ def test_a_deploy_that_fails_ends_with_the_reason(api: Api) -> None:
         ("GET", "/v1/apps/nobody/logs?tail=x", 400, "BadRequest"),
         ("GET", f"/v1/apps/nobody/logs?tail={'9' * 5000}", 400, "BadRequest"),
         ("GET", "/v1/apps/nobody/logs?tail=99999999999", 400, "BadRequest"),
+        ("PUT", "/v1/apps/nobody/secrets", 400, "BadRequest"),
+        ("DELETE", "/v1/apps/nobody/secrets", 400, "BadRequest"),
         ("PUT", "/v1/uploads/up_1?at=0", 400, "BadRequest"),
         ("PUT", f"/v1/uploads/up_{'0' * 24}?at=0", 404, "NotFound"),
         ("PUT", f"/v1/uploads/up_{'0' * 24}", 400, "BadRequest"),
@@ -148,7 +150,9 @@ def test_apps_volumes_releases_and_status_are_lists_and_values(api: Api) -> None
 def test_secrets_come_back_as_names_only(api: Api) -> None:
     api.client.post("/v1/apps", json={"name": "guestbook"}, headers=api.owner)
     put = api.client.put("/v1/apps/guestbook/secrets", json={"KEY": "s3cret"}, headers=api.owner)
-    assert put.json == {"release": None}
+    assert put.json == {"changed": ["KEY"], "release": None}
+    again = api.client.put("/v1/apps/guestbook/secrets", json={"KEY": "s3cret"}, headers=api.owner)
+    assert again.json == {"changed": [], "release": None}
     answer = api.client.get("/v1/apps/guestbook/secrets", headers=api.owner)
     assert [secret["name"] for secret in answer.json] == ["KEY"]
     assert b"s3cret" not in answer.data
