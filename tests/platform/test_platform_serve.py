@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import requests
 from platform_support import GUESTBOOK, OWNER, QUICK, SITE, FakeBackups, FakeProber, WatchedEngine, until
 
 from minipaas.access import read_local_token
+from minipaas.cli.node import _recovery_key
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine.fake import make_image
 from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
@@ -111,6 +113,17 @@ def test_setup_refuses_a_bucket_that_holds_a_fleet_and_leaves_nothing(tmp_path: 
     with pytest.raises(Conflict, match="minipaas recover"):
         setup(request_for(tmp_path / "second"), bucket, 1000)
     assert not (tmp_path / "second" / "data").exists()
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_the_recovery_key_does_not_stay_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
+) -> None:
+    monkeypatch.setenv("MINIPAAS_RECOVERY_KEY", "AGE-SECRET-KEY-1")
+    path = tmp_path / "key"
+    path.write_text("# kept in a safe\nAGE-SECRET-KEY-1\n")
+    assert _recovery_key(path if in_a_file else None) == "AGE-SECRET-KEY-1"
+    assert "MINIPAAS_RECOVERY_KEY" not in os.environ
 
 
 def test_settings_with_an_unknown_key_name_it(settings: Settings) -> None:
