@@ -27,7 +27,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 from waitress.utilities import Error, RequestEntityTooLarge
 
-from minipaas.errors import PlatformError, TooMuch
+from minipaas.errors import BadRequest, PlatformError, TooMuch
 from minipaas.settings import Limits
 
 MAX_BODY_BYTES = 4 << 20
@@ -148,7 +148,11 @@ class _Request(HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         had_headers = self.headers_finished
-        consumed: int = super().received(data)
+        try:
+            consumed: int = super().received(data)
+        except ValueError as error:
+            self._refuse(BadRequest(f"the first line of the request makes no sense: {error}"))
+            return len(data)
         if isinstance(self.error, RequestEntityTooLarge):
             self._refuse(TooMuch(f"a request may have {MAX_BODY_BYTES >> 20} MiB; send files in parts to /v1/uploads"))
         elif self.headers_finished and not had_headers and not self.completed:

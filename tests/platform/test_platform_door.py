@@ -165,6 +165,14 @@ def test_requests_that_are_heaped_up_end_the_connection(entrance: Entrance) -> N
             assert answer(heaping).count("last") == MAX_PIPELINED + 1
 
 
+@pytest.mark.parametrize(
+    "junk", ["GET http://[x HTTP/1.1\r\n\r\n", "\0\r\n\r\n", request_text("Content-Length: -1"), "A" * 70_000]
+)
+def test_what_is_no_request_is_refused(entrance: Entrance, junk: str) -> None:
+    with entrance.connect(junk) as connection:
+        assert connection.recv(13)[9:] in (b"400 ", b"431 ")
+
+
 def test_the_oldest_of_the_largest_crowd_gives_way() -> None:
     crowd = [Waiting("10.0.0.9", float(since), key=since) for since in range(3, 6)]
     few = [Waiting("127.0.0.1", 1.0), Waiting("10.0.0.1", 2.0)]
