@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,10 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
-
-from waitress import wasyncore
-from waitress.server import BaseWSGIServer, create_server
 
 from minipaas import bundle, volumes
 from minipaas.edge import Edge
@@ -42,6 +41,8 @@ from minipaas.state import State
 from minipaas.tenure import Lease, Tenure, close_edge, end_containers
 from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
+from minipaas.web.door import listening
+from minipaas.web.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Server:
         settings, limits = self.settings, self._wiring.limits
         _make_directories(settings)
         undo.enter_context(data_lock(settings))
+        scratch = _emptied(settings.data_dir / "scratch")
         self.state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
         sealer = Sealer(read_node_identity(settings.key_path), self.state.fleet().recovery_recipient)
         node = next((node for node in self.state.nodes() if node.id == settings.node_id), None)
@@ -141,7 +143,6 @@ class Server:
         backups = self._wiring.backups(settings, self._tenure.epoch)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
-        scratch = settings.data_dir / "scratch"
         clock = StopClock()
         hub = Hub()
         self.world = World(
@@ -287,9 +288,16 @@ def now_ms() -> int:
 
 
 def _make_directories(settings: Settings) -> None:
-    for directory in (settings.run_dir, settings.volumes_dir, settings.data_dir / "scratch"):
+    for directory in (settings.run_dir, settings.volumes_dir):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.data_dir.chmod(0o700)
+
+
+def _emptied(directory: Path) -> Path:
+    """What a process that was killed left in it is nobody's: whoever asks holds the lock on the data directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
 
 
 class _Closable(Protocol):
@@ -323,36 +331,15 @@ def _late(what: str, sync: Callable[[float], None], deadline: float) -> list[str
 @contextmanager
 def _api(platform: Platform, settings: Settings, limits: Limits) -> Iterator[None]:
     """The API answers while the context lasts. Raises Unavailable when the address cannot be had."""
-    server = _listen(platform, settings, limits)
-    thread = threading.Thread(target=server.run, name="api", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.task_dispatcher.shutdown(cancel_pending=True, timeout=1)
-        server.close()
-        wasyncore.close_all(server._map)
-        thread.join(2.0)
-
-
-def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIServer:
     host, port = listen_address(settings.api_listen, "api_listen")
     app = create_app(platform, limits)
-    pages.install(app, platform, limits, pages.session_key(settings.data_dir / "session.key"))
-    try:
-        return create_server(
-            app,
-            host=host,
-            port=port,
-            threads=limits.api_threads,
-            max_request_body_size=limits.upload_bytes,
-            channel_request_lookahead=1,
-            # select() ends at descriptor 1023, which a node with many databases exceeds.
-            asyncore_use_poll=True,
-            ident=None,
-        )
-    except OSError as error:
-        raise Unavailable(
-            f"the API cannot listen on {settings.api_listen}: {error.strerror}; stop what uses it, or set another api_listen in "
-            f"{settings_path(settings.data_dir)}"
-        ) from error
+    pages.install(app, platform, limits, Sessions(settings.data_dir / "sessions.json", now_ms))
+    with ExitStack() as undo:
+        try:
+            undo.enter_context(listening(app, host, port, limits, platform.authenticate))
+        except OSError as error:
+            raise Unavailable(
+                f"the API cannot listen on {settings.api_listen}: {error.strerror}; stop what uses it, or set another api_listen in "
+                f"{settings_path(settings.data_dir)}"
+            ) from error
+        yield

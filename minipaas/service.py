@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from minipaas import manifest as manifests
 from minipaas import views
@@ -28,6 +27,7 @@ from minipaas.errors import (
     DeployFailed,
     EngineError,
     NotFound,
+    SealBroken,
     TimedOut,
     Unavailable,
 )
@@ -87,6 +87,15 @@ class DeployRequest:
 
 
 @dataclass(frozen=True)
+class SecretsChange:
+    """changed: names of secrets that are not as they were, or not as the app that runs has them. release: the number of the one
+    that runs with them now; None when nothing changed, or nothing runs."""
+
+    changed: tuple[str, ...] = ()
+    release: int | None = None
+
+
+@dataclass(frozen=True)
 class Parts:
     """What the platform is made of. push_image: from the engine to the bucket, the digest there. now_ms: wall clock."""
 
@@ -106,7 +115,7 @@ class Platform:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._world, self._state = parts, parts.world, parts.world.state
-        self._turns = Turns()
+        self._turns = Turns(self._world.limits.waiting_changes)
         self._http_port = listen_address(self._world.settings.http_listen, "http_listen")[1]
         self._state.subscribe(lambda app: parts.hub.publish(app, ""))
         self._state.subscribe(lambda app: self._world.facts.touch())
@@ -145,12 +154,16 @@ class Platform:
     def restart(self, principal: Principal, name: str, on_progress: OnProgress = _silent) -> None:
         """Every machine is started anew, requests wait meanwhile; returns when all are healthy. Raises Unavailable, TimedOut."""
         authorise(principal, Action.RESTART, name)
-        with self._turn(name, f"a restart by {principal.name}", on_progress), self._parts.hub.listen(name) as lines:
+        limit_s = self._world.limits.restart_wait_s
+        with (
+            self._turn(name, f"a restart by {principal.name}", on_progress, limit_s),
+            self._parts.hub.listen(name) as lines,
+        ):
             self._existing(name)
             if self._state.desired(name).live is None:
                 raise Conflict(f"{name} has no release that runs; deploy one first")
             self._state.restart_machines(name)
-            self._until(name, lines, on_progress, self._world.limits.restart_wait_s, lambda: self._restarted(name))
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name))
 
     # -- releases
 
@@ -171,7 +184,7 @@ class Platform:
         check_name(name)
         manifest = self._read_manifest(name, request, on_progress)
         try:
-            with self._turn(name, f"a deploy by {principal.name}", on_progress):
+            with self._turn(name, f"a deploy by {principal.name}", on_progress, self._world.limits.turn_wait_s):
                 self._ensure_app(principal, name, on_progress)
                 number = self._state.next_release(name)
                 tag = image_tag(name, number)
@@ -193,20 +206,24 @@ class Platform:
 
     def set_secrets(
         self, principal: Principal, name: str, values: Mapping[str, str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
-        """Sealed and kept; a running app gets them with a new release of the same image. None when nothing runs yet."""
+    ) -> SecretsChange:
+        """Sealed and kept; a running app gets what is new with a new release of the same image. Raises BadRequest for no values."""
         authorise(principal, Action.SECRETS, name)
+        if not values:
+            raise BadRequest("no secret is named; give at least one, with its value")
         for key, value in values.items():
             check_variable(key)
             if len(value.encode()) > MAX_SECRET_BYTES or "\0" in value:
                 raise BadRequest(f"the value of {key} is longer than {MAX_SECRET_BYTES >> 10} KiB, or has a zero byte")
-        sealed = {key: self._world.sealer.seal(value) for key, value in values.items()}
-        return self._change_secrets(principal, name, sealed, (), on_progress)
+        return self._change_secrets(principal, name, values, (), on_progress)
 
     def unset_secrets(
         self, principal: Principal, name: str, names: Sequence[str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
+    ) -> SecretsChange:
+        """Raises NotFound when one of them is not there, BadRequest when none is named."""
         authorise(principal, Action.SECRETS, name)
+        if not names:
+            raise BadRequest("no secret is named; give the names of those that are to go")
         unknown = sorted(set(names) - set(self._state.secret_times(name)))
         if unknown:
             raise NotFound(f"{name} has no secret {', '.join(unknown)}; see: minipaas secrets list")
@@ -247,10 +264,15 @@ class Platform:
         """Wait, but not longer than minipaas runs."""
         self._world.clock.wait(seconds)
 
-    def upload(self, principal: Principal, stream: IO[bytes]) -> str:
-        """Store the bytes of a readable stream; the id of the upload, good for one deploy."""
+    def begin_upload(self, principal: Principal) -> str:
+        """The id of an upload, good for one deploy, whose bytes follow in parts."""
         authorise(principal, Action.DEPLOY)
-        return self._parts.uploads.store(stream)
+        return self._parts.uploads.begin()
+
+    def write_upload(self, principal: Principal, upload: str, at: int, part: bytes) -> int:
+        """Put bytes at an offset, each part at once or again; the size so far. Raises Conflict when a part before is missing."""
+        authorise(principal, Action.DEPLOY)
+        return self._parts.uploads.write(upload, at, part)
 
     # -- a deploy, step by step
 
@@ -422,27 +444,47 @@ class Platform:
             if line := lines.get_nowait():
                 on_progress(Progress("step", line, number))
 
-    def _turn(self, name: str, who: str, on_progress: OnProgress) -> AbstractContextManager[None]:
-        return self._turns.take(name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")))
+    def _turn(self, name: str, who: str, on_progress: OnProgress, limit_s: float) -> AbstractContextManager[None]:
+        return self._turns.take(
+            name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")), limit_s
+        )
 
     def _change_secrets(
         self,
         principal: Principal,
         name: str,
-        put: Mapping[str, bytes],
+        put: Mapping[str, str],
         drop: Sequence[str],
         on_progress: OnProgress,
-    ) -> views.ReleaseView | None:
-        with self._turn(name, f"a change of secrets by {principal.name}", on_progress):
+    ) -> SecretsChange:
+        limit_s = self._world.limits.restart_wait_s
+        with self._turn(name, f"a change of secrets by {principal.name}", on_progress, limit_s):
             self._existing(name)
-            self._state.change_secrets(name, put, drop)
             live = self._state.desired(name).live
+            before = self._opened(self._state.secrets(name))
+            after = {key: value for key, value in {**before, **put}.items() if key not in drop}
+            running = self._opened(self._state.release_secrets(name, live.number)) if live else after
+            names = sorted({*before, *after, *running})
+            changed = tuple(key for key in names if not before.get(key) == after.get(key) == running.get(key))
+            if not changed:
+                return SecretsChange()
+            sealed = {key: self._world.sealer.seal(put[key]) for key in put if key in changed}
+            self._state.change_secrets(name, sealed, drop)
             if live is None:
-                return None
+                return SecretsChange(changed)
             number = self._state.next_release(name)
-            return self._release(
-                name, number, live.image, live.image_digest, live.config, self._world.limits.restart_wait_s, on_progress
-            )
+            self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            return SecretsChange(changed, number)
+
+    def _opened(self, secrets: Mapping[str, bytes]) -> dict[str, str | bytes]:
+        """Values; what cannot be opened stays as it is, so that it equals no value and can be set anew."""
+        return {name: self._unsealed(sealed) for name, sealed in secrets.items()}
+
+    def _unsealed(self, sealed: bytes) -> str | bytes:
+        try:
+            return self._world.sealer.unseal(sealed)
+        except SealBroken:
+            return sealed
 
     def _drop_image(self, tag: str) -> None:
         """Tidying up after a failure, which must stay the one that the user sees."""
@@ -537,7 +579,7 @@ class Platform:
         self, container: Container, tail: int | None, follow: bool, gone: Callable[[], bool]
     ) -> Iterator[tuple[str, LogLine]]:
         try:
-            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow):
+            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow, gone=gone):
                 yield container.labels.get(LABEL_MACHINE, ""), line
                 if gone():
                     return

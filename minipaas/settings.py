@@ -37,6 +37,7 @@ class Limits:
     healthy_within_s: float = 45.0
     health_poll_s: float = 0.1
     deploy_wait_s: float = 300.0
+    turn_wait_s: float = 1800.0
     restart_wait_s: float = 50.0
     stop_sync_s: float = 10.0
     stop_workers_s: float = 5.0
@@ -47,8 +48,13 @@ class Limits:
     unpacked_bytes: int = 8 << 30
     unpacked_files: int = 200_000
     upload_keep_s: float = 3600.0
+    connections: int = 512
+    request_within_s: float = 15.0
+    body_silence_s: float = 60.0
     followers: int = 8
-    api_threads: int = 24
+    changes: int = 8
+    waiting_changes: int = 3
+    api_threads: int = 32
     log_tail: int = 10
     engine_images: int = 3
     low_disk_bytes: int = 64 << 20

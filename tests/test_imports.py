@@ -19,6 +19,7 @@ ONLY_IN = {
     "pyrage": {"minipaas/sealing.py"},
     "click": {"replicator/cli.py", "minipaas/cli/"},
     "rich": {"replicator/cli.py", "minipaas/cli/"},
+    "waitress": {"minipaas/web/door.py"},
     "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
 }
 PURE = {

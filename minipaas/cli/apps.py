@@ -274,7 +274,7 @@ def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
     found, values = _app("", app), _given(pairs)
     with _new_release(found, "setting secrets of {}; if it runs, its next release starts with them"):
         answer = client.put(f"/v1/apps/{found}/secrets", values)
-    text.say(_changed(len(values), "set", answer["release"]))
+    text.say(_changed("set", answer))
 
 
 def _given(pairs: Sequence[str]) -> dict[str, str]:
@@ -315,7 +315,7 @@ def unset(client: Client, names: tuple[str, ...], app: str) -> None:
     found = _app("", app)
     with _new_release(found, "removing secrets of {}; if it runs, its next release starts without them"):
         answer = client.delete(f"/v1/apps/{found}/secrets", {"names": list(names)})
-    text.say(_changed(len(names), "removed", answer["release"]))
+    text.say(_changed("removed", answer))
 
 
 @contextmanager
@@ -325,10 +325,11 @@ def _new_release(app: str, words: str) -> Iterator[None]:
         yield
 
 
-def _changed(count: int, what: str, release: dict[str, Any] | None) -> str:
-    if release is None:
-        return f"{count} {what}; the first release will run with them"
-    return f"{count} {what}; v{release['number']} runs with them"
+def _changed(what: str, answer: dict[str, Any]) -> str:
+    if not answer["changed"]:
+        return "nothing changed: the values are the same"
+    runs = f"v{answer['release']} runs with them" if answer["release"] else "the first release will run with them"
+    return f"{len(answer['changed'])} {what}; {runs}"
 
 
 COMMANDS = (apps, status, logs, restart, destroy, releases, volumes, secrets)

@@ -6,8 +6,10 @@ Never prints. The token comes from MINIPAAS_TOKEN or the node's data directory, 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from minipaas.settings import DEFAULT_DATA_DIR, listen_address, read_settings
 CONNECT_S = 5.0
 ANSWER_S = 150.0
 STREAM_S = 3600.0
+PART_BYTES = 4 << 20
+PART_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,23 @@ class Client:
         return self._call("DELETE", path, json=body).json()
 
     def upload(self, content: Iterable[bytes]) -> str:
-        """The id under which the server keeps the bytes."""
-        answer = self._call("PUT", "/v1/uploads", data=content, timeout=(CONNECT_S, STREAM_S))
-        return str(answer.json()["id"])
+        """The id under which the server keeps the bytes. They travel in parts, each of which is sent again when it is lost."""
+        upload = str(self.post("/v1/uploads")["id"])
+        at = 0
+        for part in parts(content, PART_BYTES):
+            self._send_part(f"/v1/uploads/{upload}", at, part)
+            at += len(part)
+        return upload
+
+    def _send_part(self, path: str, at: int, part: bytes) -> None:
+        for attempt in range(PART_ATTEMPTS):
+            try:
+                self._call("PUT", path, params={"at": str(at)}, data=io.BytesIO(part))
+                return
+            except (Unavailable, TimedOut):
+                if attempt + 1 == PART_ATTEMPTS:
+                    raise
+                time.sleep(attempt)
 
     def stream(self, method: str, path: str, body: object = None, **query: object) -> Iterator[dict[str, Any]]:
         """Values of a newline-delimited JSON answer, as they come."""
@@ -119,6 +137,18 @@ class Client:
         if answer.status_code >= 400:
             raise _error(answer)
         return answer
+
+
+def parts(content: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes, ``size`` at a time; the last part is what is left."""
+    waiting = bytearray()
+    for chunk in content:
+        waiting += chunk
+        while len(waiting) >= size:
+            yield bytes(waiting[:size])
+            del waiting[:size]
+    if waiting:
+        yield bytes(waiting)
 
 
 @contextmanager

@@ -216,13 +216,14 @@ def _credentials(settings: Settings) -> Credentials | None:
 
 
 def _recovery_key(path: Path | None) -> str:
-    """From the file, the environment, or standard input; asked for without echo at a terminal."""
+    """From the file, the environment, or standard input; asked for without echo at a terminal. No program started later inherits it."""
+    from_environment = os.environ.pop("MINIPAAS_RECOVERY_KEY", "")
     if path is not None:
         content = path.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in content.splitlines() if line.strip() and not line.startswith("#")]
         return lines[0] if lines else ""
-    if key := os.environ.get("MINIPAAS_RECOVERY_KEY", ""):
-        return key
+    if from_environment:
+        return from_environment
     if sys.stdin.isatty():
         return str(click.prompt("Recovery key", hide_input=True))
     key = sys.stdin.readline().strip()

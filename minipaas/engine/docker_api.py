@@ -11,10 +11,11 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from itertools import islice
@@ -29,7 +30,7 @@ import docker.utils
 import requests.exceptions
 import urllib3.exceptions
 
-from minipaas.engine import Container, ContainerSpec, LogLine
+from minipaas.engine import Container, ContainerSpec, LogLine, nobody_leaves
 from minipaas.engine.archive import normalised
 from minipaas.engine.context import check_containerfile, context_stream
 from minipaas.engine.frames import frames, log_lines, parse_moment
@@ -52,6 +53,8 @@ CONNECT_S = 5
 CALL_S = 60
 # Between two signs of life of a build, a pull, a load or a save; a compiler may be silent for long.
 SILENCE_S = 900
+# How often it is looked whether the reader of a log that says nothing is still there.
+LOOK_S = 1.0
 MAX_OUTPUT = 1 << 20
 # How often what lost a race inside the engine is tried again.
 RACES = 8
@@ -106,6 +109,25 @@ class Connection:
         for line in response.iter_lines():
             if line.strip():
                 yield json.loads(line)
+
+
+@contextmanager
+def _ended_when(gone: Callable[[], bool], raw: Any) -> Iterator[None]:
+    """A read of the raw response that waits for more ends when ``gone()``: only another thread can see to that."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK_S):
+            if gone():
+                with suppress(OSError, ValueError, RuntimeError):
+                    raw.shutdown()
+                return
+
+    threading.Thread(target=watch, name="log-reader", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _message_of(response: Any) -> str:
@@ -385,23 +407,34 @@ class DockerContainers:
             if error.status_code != 409 and not _is_gone(error):
                 raise
 
-    def logs(self, name: str, *, tail: int | None = None, follow: bool = False) -> Iterator[LogLine]:
+    def logs(
+        self, name: str, *, tail: int | None = None, follow: bool = False, gone: Callable[[], bool] = nobody_leaves
+    ) -> Iterator[LogLine]:
         """Podman 4 gives times in whole seconds. Following ends when the container does."""
         found = self._own(name)
         if found is None:
             raise ContainerMissing(f"there is no container {name}")
-        return self._log_lines(found["Id"], tail, follow)
+        return self._followed(found["Id"], tail, gone) if follow else self._log_lines(found["Id"], tail)
 
-    def _log_lines(self, key: str, tail: int | None, follow: bool) -> Iterator[LogLine]:
+    def _followed(self, key: str, tail: int | None, gone: Callable[[], bool]) -> Iterator[LogLine]:
+        try:
+            yield from self._log_lines(key, tail, gone)
+        except EngineError:
+            if not gone():
+                raise
+
+    def _log_lines(self, key: str, tail: int | None, gone: Callable[[], bool] | None = None) -> Iterator[LogLine]:
+        """gone: None for what is there already."""
         ask = {"stdout": "1", "stderr": "1", "timestamps": "1", "tail": "all" if tail is None else str(tail)}
-        if follow:
+        if gone is not None:
             ask["follow"] = "1"
-        silence_s = None if follow else CALL_S
+        silence_s = CALL_S if gone is None else None
         with (
             translated("read the log"),
             self._connection.stream("GET", f"/containers/{key}/logs", silence_s=silence_s, params=ask) as response,
         ):
-            yield from log_lines(response.raw.read)
+            with nullcontext() if gone is None else _ended_when(gone, response.raw):
+                yield from log_lines(response.raw.read)
 
     def exec(self, name: str, command: Sequence[str], *, timeout_s: float) -> tuple[int, str]:
         """The last MAX_OUTPUT bytes of output. Raises ContainerMissing, TimedOut (after ending the command)."""

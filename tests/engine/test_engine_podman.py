@@ -47,6 +47,15 @@ def build(engine: DockerEngine, context: Path, lines: list[str], **how: object) 
     return engine.images.build(context, on_line=lines.append, **given)  # type: ignore[arg-type]
 
 
+def test_a_follower_of_a_silent_container_is_let_go(podman: DockerEngine, busybox: str) -> None:
+    podman.containers.run(shell(busybox, "echo hello; sleep 600"))
+    gone = threading.Event()
+    lines = podman.containers.logs("real-1", follow=True, gone=gone.is_set)
+    assert next(lines).text == "hello"
+    gone.set()
+    assert list(lines) == []
+
+
 def test_a_container_gets_its_environment_mounts_and_command(
     podman: DockerEngine, busybox: str, tmp_path: Path
 ) -> None:

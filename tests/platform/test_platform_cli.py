@@ -149,7 +149,7 @@ def test_who_interrupts_a_change_is_told_that_it_goes_on(
 ) -> None:
     terminal.deploy(SITE, "site")
     live = terminal.live
-    with live.platform._turns.take("site", "a test", lambda holder: None):
+    with live.platform._turns.take("site", "a test", lambda holder: None, 30.0):
         with interrupted_after(terminal.changing):
             words = terminal.refused(*command, code=130)
     assert change in words
@@ -158,7 +158,7 @@ def test_who_interrupts_a_change_is_told_that_it_goes_on(
 
 def test_a_deploy_that_is_interrupted_says_that_it_goes_on(terminal: Terminal) -> None:
     terminal.deploy(SITE, "site")
-    with terminal.live.platform._turns.take("site", "a test", lambda holder: None):
+    with terminal.live.platform._turns.take("site", "a test", lambda holder: None, 30.0):
         with interrupted_after(terminal.changing):
             terminal.run("deploy", "--image", "site", "-a", "site", code=130)
     assert "the deploy may be recorded by now and then goes on at the node" in terminal.err
