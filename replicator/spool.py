@@ -20,6 +20,7 @@ import msgspec
 import xxhash
 
 from replicator import durable, failpoints
+from replicator.database import FileStamp
 from replicator.errors import (
     DatabaseError,
     DatabaseNotReplicable,
@@ -42,6 +43,7 @@ class Base(msgspec.Struct, frozen=True):
     """Where the captured state begins: a position, and where in the WAL it was. The page hashes follow it in the file.
 
     restored: the position is one that a restore put at the path; what is written from there on is another timeline.
+    file: the database file when it was last known to belong to the position and the WAL; None when that was not seen.
     """
 
     timeline: Timeline
@@ -50,6 +52,7 @@ class Base(msgspec.Struct, frozen=True):
     last_commit_ms: int
     source: Source | None
     restored: bool = False
+    file: FileStamp | None = None
 
 
 @dataclass
@@ -63,9 +66,12 @@ class Captured:
     source: Source | None
     restored: bool
     hashes: StateHashes
+    file: FileStamp | None = None
 
     def base(self) -> Base:
-        return Base(self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored)
+        return Base(
+            self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored, self.file
+        )
 
 
 class Spool:
@@ -77,7 +83,7 @@ class Spool:
         Raises DatabaseNotReplicable when another replicator has it, DatabaseError when it cannot be made or read.
         """
         self.directory = directory
-        self.base_txid: int | None = None
+        self.base: Base | None = None  # as it is on the disk
         self._waiting = directory / "spool"
         self._kept = directory / "kept"
         self._guard = threading.Lock()
@@ -115,7 +121,7 @@ class Spool:
         except FileNotFoundError:
             return None
         captured = _decode_base(data, self.directory)
-        self.base_txid = captured.txid
+        self.base = captured.base()
         for ref in sorted([*self._kept_refs, *self._waiting_since], key=lambda ref: ref.last):
             if ref.timeline == captured.timeline.number and ref.last > captured.txid:
                 self._apply(captured, ref)
@@ -126,7 +132,7 @@ class Spool:
         failpoints.reach("before-base-write")
         durable.write_file(self.directory / "base", _encode_base(captured))
         failpoints.reach("after-base-write")
-        self.base_txid = captured.txid
+        self.base = captured.base()
         with self._guard:
             for ref in [ref for ref in self._kept_refs if ref.last <= captured.txid]:
                 (self._kept / ref.file_name).unlink(missing_ok=True)
@@ -134,8 +140,9 @@ class Spool:
 
     def base_is_due(self, captured: Captured) -> bool:
         """Whether the segments after the base outweigh it, so that a new one is worth its writing."""
+        base_txid = self.base.txid if self.base else 0
         with self._guard:
-            after = [ref for ref in (*self._kept_refs, *self._waiting_since) if ref.last > (self.base_txid or 0)]
+            after = [ref for ref in (*self._kept_refs, *self._waiting_since) if ref.last > base_txid]
             superfluous = len(self._kept_refs) > _KEPT_SEGMENTS
         after_bytes = sum(ref.size_bytes for ref in after)
         heavy = after_bytes > max(_KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count)
@@ -143,7 +150,7 @@ class Spool:
 
     def discard(self) -> None:
         """Forget all of it: the database starts a new timeline with a snapshot. What was not shipped yet is still in the database."""
-        self.base_txid = None
+        self.base = None
         with self._guard:
             (self.directory / "base").unlink(missing_ok=True)
             durable.fsync_dir(self.directory)
@@ -270,4 +277,6 @@ def _decode_base(data: bytes, directory: Path) -> Captured:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise LocalStateDamaged(f"{directory / 'base'} was written by another release: {error}") from error
     hashes = StateHashes.from_bytes(body[12 + head_length :])
-    return Captured(base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes)
+    return Captured(
+        base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes, base.file
+    )

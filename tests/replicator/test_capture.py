@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
 import pytest
-from ledger_support import AT_ONCE, App, Rig, app, restored, restored_rows, rig, rows
+from ledger_support import AT_ONCE, App, Rig, app, restored, restored_rows, rig, rows, wait_for
 
 from replicator.capture import CaptureSettings
+from replicator.database import FileStamp
 from replicator.errors import DatabaseError, StoreDenied, StoreUnavailable
 from replicator.layout import SegmentRef, segments_of
 from replicator.replica import Replica
@@ -150,6 +153,63 @@ def test_after_a_plain_restart_continuity_is_proven_without_a_comparison(
         live.settle()
     assert restored_rows(store, tmp_path) == list(range(1, 81))
     assert len(timelines(store)) == 1
+
+
+@pytest.mark.parametrize("attributes", [[], ["-p"]], ids=["cp", "cp -p"])
+@pytest.mark.parametrize(("running", "backfilled"), [(False, False), (False, True), (True, True)])
+def test_a_file_that_is_copied_over_in_place_under_its_wal_is_never_mixed_with_what_was_captured(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, running: bool, backfilled: bool, attributes: list[str]
+) -> None:
+    """The WAL alone would prove that nothing has happened. While it runs, it is seen once all of the WAL is in the file."""
+    backup = tmp_path / "backup.db"
+    writer.insert(100)
+    writer.empty_wal()
+    subprocess.run(["cp", "-p", str(path), str(backup)], check=True)
+    settings = WorkerSettings(interval_s=0, capture=CaptureSettings(checkpoint_pages=1 if backfilled else 1000))
+    with rig(path, store, settings=settings) as live:
+        live.settle()
+        writer.run("UPDATE ledger SET body = 'new'")
+        live.settle()
+        assert live.figures.checkpoints == int(backfilled)
+        if running:
+            subprocess.run(["cp", *attributes, str(backup), str(path)], check=True)
+            live.worker._ask_for_step()
+            live.settle()
+    inode = path.stat().st_ino
+    if not running:
+        subprocess.run(["cp", *attributes, str(backup), str(path)], check=True)
+    assert path.stat().st_ino == inode and Path(f"{path}-wal").stat().st_size > 0
+    with rig(path, store, settings=settings) as live:
+        live.settle()
+        with app(path) as fresh:
+            fresh.insert(1)
+            live.settle()
+        assert live.figures.rebases == int(not running)
+    assert_same_as_source(store, path, tmp_path)
+
+
+def test_what_the_applications_checkpoint_wrote_while_we_were_away_costs_one_comparison(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    with rig(path, store) as live:
+        writer.insert(10)
+        live.settle()
+    writer.run("PRAGMA wal_checkpoint(passive)")
+    wait_for(lambda: FileStamp(0, 0, path.stat().st_ctime_ns, b"").is_settled(time.time_ns()))
+    for comparisons in (1, 0, 0):
+        with rig(path, store) as live:
+            live.settle()
+            assert live.figures.rebases == comparisons
+    assert len(headers(store)) == 1
+
+
+@pytest.mark.parametrize("ctime_ns", [5_000_000_000, 5_000_000_001])
+def test_a_stamp_within_the_tick_of_the_last_write_proves_nothing(ctime_ns: int) -> None:
+    """File systems that keep whole seconds have long ticks."""
+    stamp = FileStamp(4096, 1, ctime_ns, b"1234")
+    tick_ns = 20_000_000 if ctime_ns % 2 else 2_000_000_000
+    assert not stamp.is_settled(ctime_ns + tick_ns)
+    assert stamp.is_settled(ctime_ns + tick_ns + 1)
 
 
 @pytest.mark.parametrize("times", [1, 2])
