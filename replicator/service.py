@@ -58,10 +58,10 @@ class _Watched:
 
 @dataclass
 class _Replicated:
-    """A database under replication. folder: in which it was found; None when it was named."""
+    """A database under replication. found_in: None when it was named."""
 
     worker: DatabaseWorker
-    folder: Path | None
+    found_in: _Watched | None
 
 
 class Replicator:
@@ -106,7 +106,7 @@ class Replicator:
 
         Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder cannot be watched.
         """
-        self._add(path.absolute(), store, state, settings or WorkerSettings(), folder=None, register=lambda: None)
+        self._add(path.absolute(), store, state, settings or WorkerSettings(), found_in=None, register=lambda: None)
 
     def add_folder(
         self, folder: Folder, store: ObjectStore, *, state: Path | None = None, settings: WorkerSettings | None = None
@@ -130,7 +130,7 @@ class Replicator:
             replicated = self._databases.pop(path.absolute(), None)
             if replicated is None:
                 return
-            if replicated.folder is None:
+            if replicated.found_in is None:
                 self._watch.remove_file(replicated.worker.path)
         self._close(replicated.worker, timeout_s)
 
@@ -142,7 +142,7 @@ class Replicator:
             if watched is None:
                 return
             self._watch.remove_folder(watched.folder)
-            found = self._found_in(path)
+            found = [known for known, it in self._databases.items() if it.found_in is watched]
             self._refused = {known: why for known, why in self._refused.items() if not known.is_relative_to(path)}
         for database in found:
             self.remove(database, timeout_s)
@@ -154,12 +154,13 @@ class Replicator:
         state: Path | None,
         settings: WorkerSettings,
         *,
-        folder: Path | None,
+        found_in: _Watched | None,
         register: Callable[[], object],
-    ) -> None:
+    ) -> bool:
+        """False when it is replicated already, or not any more: its folder may have been dropped since it was found."""
         with self._guard:
-            if path in self._databases or self._stopping.is_set():
-                return
+            if path in self._databases or self._stopping.is_set() or not self._is_watched(found_in):
+                return False
             worker = DatabaseWorker(
                 path,
                 store,
@@ -172,13 +173,17 @@ class Replicator:
                 register=register,
             )
             try:
-                if folder is None:
+                if found_in is None:
                     self._watch.add_file(path)
             except ReplicatorError:
                 worker.close()
                 raise
-            self._databases[path] = _Replicated(worker, folder)
+            self._databases[path] = _Replicated(worker, found_in)
         self._scheduler.wake(worker)
+        return True
+
+    def _is_watched(self, folder: _Watched | None) -> bool:
+        return folder is None or self._folders.get(folder.folder.path) is folder
 
     # -- how it is -----------------------------------------------------------------------------------------------------
 
@@ -221,10 +226,6 @@ class Replicator:
                     problems.append(error)
         if problems:
             raise problems[0]
-
-    def _found_in(self, folder: Path) -> list[Path]:
-        with self._guard:
-            return [path for path, replicated in self._databases.items() if replicated.folder == folder]
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +323,7 @@ class Replicator:
             return False
         with self._guard:
             self._refused.pop(path, None)
-            found = {known: it for known, it in self._databases.items() if it.folder and known.is_relative_to(path)}
+            found = {known: it for known, it in self._databases.items() if it.found_in and known.is_relative_to(path)}
         for known, replicated in found.items():
             if replicated.worker.is_finished:
                 log.info("%s is gone; it is not replicated any more, its replica stays", known)
@@ -343,16 +344,18 @@ class Replicator:
         replica = catalogue.replica_of(watched.store, name)
         state = watched.state / catalogue.encode(name) if watched.state else None
         try:
-            self._add(
+            is_new = self._add(
                 path,
                 replica,
                 state,
                 watched.settings,
-                folder=folder,
+                found_in=watched,
                 register=lambda: catalogue.register(watched.store, folder, path),
             )
         except ReplicatorError as error:
             with self._guard:
+                if not self._is_watched(watched):
+                    return
                 is_news = self._refused.get(path) != (replica.url, str(error))
                 self._refused[path] = (replica.url, str(error))
             if is_news:
@@ -360,7 +363,8 @@ class Replicator:
         else:
             with self._guard:
                 self._refused.pop(path, None)
-            log.info("found %s", path)
+            if is_new:
+                log.info("found %s", path)
 
 
 def _refusal(path: Path, url: str, reason: str) -> DatabaseStatus:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -401,6 +402,32 @@ def test_a_folder_of_a_database_that_is_named_too_is_still_looked_through(
         before = wait_for(lambda: status_of(replicator, data / "named.db").durable)
         writer.insert(1)
         wait_for(lambda: status_of(replicator, data / "named.db").durable != before)
+
+
+@dataclass(frozen=True)
+class Dropped(Folder):
+    """A folder that is dropped while it is looked through."""
+
+    drop: Callable[[], object] = lambda: None
+
+    def databases(self, below: Path | None = None) -> Iterator[Path]:
+        for path in super().databases(below):
+            self.drop()
+            yield path
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_folder_that_is_dropped_while_it_is_looked_through_gets_no_database_afterwards(
+    replicator: Replicator, bucket: Bucket, data: Path, is_taken: bool
+) -> None:
+    """Nor one that could not be taken up."""
+    make(data / "app.db")
+    other = Replicator()
+    if is_taken:
+        other.add(data / "app.db", bucket.store.sub("other"))
+    replicator.add_folder(Dropped(data, drop=lambda: replicator.remove_folder(data)), bucket.store)
+    assert replicator.status() == []
+    other.stop(1)
 
 
 def test_a_folder_that_is_made_anew_is_watched_again(bucket: Bucket, data: Path, tmp_path: Path) -> None:
