@@ -24,13 +24,14 @@ from replicator.database import FileStamp
 from replicator.errors import (
     DatabaseError,
     DatabaseNotReplicable,
+    FormatError,
     LocalStateDamaged,
     SegmentDamaged,
     SegmentVersionUnknown,
 )
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.pagehash import StateHashes, page_hash
-from replicator.segment import SegmentHeader, SegmentReader, SegmentWriter, Source
+from replicator.segment import HEADER_SIZE, SegmentHeader, SegmentReader, SegmentWriter, Source, read_header
 from replicator.values import Timeline
 
 _MAGIC = b"RPBASE1\n"
@@ -74,11 +75,19 @@ class Captured:
         )
 
 
+@dataclass(frozen=True)
+class _Wait:
+    """For a segment in the spool. since: its first commit, in monotonic time. commit_ms: the same on the wall clock, 0 if unknown."""
+
+    since: float
+    commit_ms: int
+
+
 class Spool:
     """One database's folder. The capturing thread appends, the uploads mark as shipped; both may run at once."""
 
-    def __init__(self, directory: Path) -> None:
-        """Takes the folder for this process.
+    def __init__(self, directory: Path, *, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        """Takes the folder for this process. now_ms: tells how old is what waits there already.
 
         Raises DatabaseNotReplicable when another replicator has it, DatabaseError when it cannot be made or read.
         """
@@ -95,7 +104,7 @@ class Spool:
             for unfinished in (*self._waiting.glob("*.tmp"), *directory.glob(f"{durable.TEMPORARY_PREFIX}*")):
                 unfinished.unlink()
             self._kept_refs = _refs(self._kept)
-            self._waiting_since = dict.fromkeys(_refs(self._waiting), time.monotonic())
+            self._waits = {ref: _waits_since(self.path(ref), now_ms()) for ref in _refs(self._waiting)}
         except OSError as error:
             self.close()
             raise DatabaseError(
@@ -122,7 +131,7 @@ class Spool:
             return None
         captured = _decode_base(data, self.directory)
         self.base = captured.base()
-        for ref in sorted([*self._kept_refs, *self._waiting_since], key=lambda ref: ref.last):
+        for ref in sorted([*self._kept_refs, *self._waits], key=lambda ref: ref.last):
             if ref.timeline == captured.timeline.number and ref.last > captured.txid:
                 self._apply(captured, ref)
         return captured
@@ -142,7 +151,7 @@ class Spool:
         """Whether the segments after the base outweigh it, so that a new one is worth its writing."""
         base_txid = self.base.txid if self.base else 0
         with self._guard:
-            after = [ref for ref in (*self._kept_refs, *self._waiting_since) if ref.last > base_txid]
+            after = [ref for ref in (*self._kept_refs, *self._waits) if ref.last > base_txid]
             superfluous = len(self._kept_refs) > _KEPT_SEGMENTS
         after_bytes = sum(ref.size_bytes for ref in after)
         heavy = after_bytes > max(_KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count)
@@ -157,7 +166,7 @@ class Spool:
             for folder in (self._waiting, self._kept):
                 for file in folder.iterdir():
                     file.unlink(missing_ok=True)
-            self._waiting_since.clear()
+            self._waits.clear()
             self._kept_refs.clear()
 
     # -- segments ------------------------------------------------------------------------------------------------------
@@ -181,14 +190,14 @@ class Spool:
             raise
         ref = replace(ref, size_bytes=size_bytes)
         with self._guard:
-            self._waiting_since[ref] = time.monotonic()
+            self._waits[ref] = _Wait(time.monotonic(), header.first_commit_ms)
         failpoints.reach("after-spool-write")
         return ref
 
     def waiting(self) -> list[SegmentRef]:
         """Segments that are not in the store yet, in order."""
         with self._guard:
-            return list(self._waiting_since)
+            return list(self._waits)
 
     def path(self, ref: SegmentRef) -> Path:
         """The file of a waiting segment."""
@@ -197,23 +206,29 @@ class Spool:
     def mark_shipped(self, ref: SegmentRef) -> bool:
         """It is in the store. False when it does not wait here any more: it was discarded meanwhile, or the spool closed."""
         with self._guard:
-            if self._lock < 0 or ref not in self._waiting_since:
+            if self._lock < 0 or ref not in self._waits:
                 return False
             (self._waiting / ref.file_name).rename(self._kept / ref.file_name)
-            del self._waiting_since[ref]
+            del self._waits[ref]
             self._kept_refs.append(ref)
         failpoints.reach("after-upload-recorded")
         return True
 
     def waiting_bytes(self) -> int:
         with self._guard:
-            return sum(ref.size_bytes for ref in self._waiting_since)
+            return sum(ref.size_bytes for ref in self._waits)
 
     def waiting_s(self) -> float:
-        """For how long the oldest segment has waited; 0 when none does. Of one that was there at the start, since then."""
+        """For how long the oldest segment has waited; 0 when none does."""
         with self._guard:
-            oldest = next(iter(self._waiting_since.values()), None)
-        return 0.0 if oldest is None else time.monotonic() - oldest
+            oldest = next(iter(self._waits.values()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest.since
+
+    def waiting_commit_ms(self) -> int:
+        """Time of the first commit that waits, so that all before it are in the store; 0 when there is none, or nothing before it."""
+        with self._guard:
+            ref, wait = next(iter(self._waits.items()), (None, None))
+        return 0 if ref is None or wait is None or ref.is_snapshot else wait.commit_ms
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -254,6 +269,16 @@ def _refs(folder: Path) -> list[SegmentRef]:
     """The segments in a folder, in order."""
     refs = (SegmentRef.from_file_name(file.name, file.stat().st_size) for file in folder.iterdir())
     return sorted((ref for ref in refs if ref), key=lambda ref: (ref.last, ref.timeline))
+
+
+def _waits_since(path: Path, now_ms: int) -> _Wait:
+    """Of a segment that was there at the start. One that is damaged, which its upload will find, counts as new."""
+    try:
+        with path.open("rb") as file:
+            commit_ms = read_header(file.read(HEADER_SIZE)).first_commit_ms
+    except FormatError:
+        return _Wait(time.monotonic(), 0)
+    return _Wait(time.monotonic() - max(0, now_ms - commit_ms) / 1000, commit_ms)
 
 
 def _read_at(file: BinaryIO) -> Callable[[int, int], bytes]:

@@ -104,7 +104,7 @@ class DatabaseWorker:
         self._writer = writer
         self._now_ms = now_ms
         self._register = register
-        self._spool = Spool(state_directory)
+        self._spool = Spool(state_directory, now_ms=now_ms)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
@@ -353,7 +353,9 @@ class DatabaseWorker:
         return self._shipper.durable(captured) if captured else None
 
     def _durable_ms(self) -> int:
-        return self._shipper.durable_commit_ms if self._spool.waiting() else self._capture.last_commit_ms
+        if not self._spool.waiting():
+            return self._capture.last_commit_ms
+        return self._shipper.durable_commit_ms or self._spool.waiting_commit_ms()
 
     def _lag_s(self) -> float:
         return self._spool.waiting_s() or self._shipper.lag_s

@@ -810,6 +810,25 @@ def test_the_lag_is_the_age_of_what_waits_not_of_what_was_before(path: Path, sto
         live.settle()
 
 
+def test_what_waited_at_the_start_is_as_old_as_its_first_commit(path: Path, store: MemoryStore, writer: App) -> None:
+    now = [1_700_000_000_000]
+    with rig(path, store, now_ms=lambda: now[0]) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=10**6)
+        for _ in range(2):
+            now[0] += 1000
+            writer.insert(1)
+            live.step()
+    first_ms = now[0] - 1000
+    now[0] = first_ms + 3_600_000
+    with rig(path, store, now_ms=lambda: now[0]) as live:
+        live.step()
+        status = live.worker.status()
+        assert status.waiting_segments == 2
+        assert 3600 <= status.lag_s < 3605
+        assert status.durable_ms == first_ms
+
+
 def test_a_local_state_that_cannot_be_written_has_words(path: Path, store: MemoryStore, tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder belongs")
