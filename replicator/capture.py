@@ -223,6 +223,7 @@ class Capture:
             return self._spool.load()
         except LocalStateDamaged as error:
             log.warning("local state is damaged; a new timeline begins: %s", error)
+            self._spool.set_aside()
             self._spool.discard()
             return None
 

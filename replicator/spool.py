@@ -1,13 +1,14 @@
 """What the replicator keeps on the local disk for one database: the state it captured last, and segments that wait for upload.
 
 Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``spool/``, the only upload queue; ``kept/``,
-segments that were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never
-reads a database.
+segments that were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash;
+``.aside-TIME/``, segments that will not be shipped any more, for a person. Never reads a database.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
 import time
@@ -34,6 +35,9 @@ from replicator.pagehash import StateHashes, page_hash
 from replicator.segment import HEADER_SIZE, SegmentHeader, SegmentReader, SegmentWriter, Source, read_header
 from replicator.values import Timeline
 
+log = logging.getLogger(__name__)
+
+ASIDE_PREFIX = ".aside-"
 _MAGIC = b"RPBASE1\n"
 _CHECKSUM_BYTES = 8
 _KEPT_FLOOR_BYTES = 4 * 1024 * 1024
@@ -168,6 +172,24 @@ class Spool:
                     file.unlink(missing_ok=True)
             self._waits.clear()
             self._kept_refs.clear()
+
+    def set_aside(self) -> Path | None:
+        """Move what waits into a folder of its own, whose path is returned; None when nothing waits. Nobody else has these commits.
+
+        The newest goes first: interrupted, it leaves a shorter queue, and not one with a hole in it.
+        """
+        with self._guard:
+            refs = list(self._waits)
+            if not refs:
+                return None
+            aside = self.directory / f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            durable.make_dirs(aside)
+            for ref in reversed(refs):
+                durable.replace(self.path(ref), aside / ref.file_name)
+                del self._waits[ref]
+        size_bytes = sum(ref.size_bytes for ref in refs)
+        log.warning("%d segments (%d bytes) that never reached the store are kept in %s", len(refs), size_bytes, aside)
+        return aside
 
     # -- segments ------------------------------------------------------------------------------------------------------
 

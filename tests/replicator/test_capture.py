@@ -20,6 +20,7 @@ from replicator.layout import SegmentRef, segments_of
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions
 from replicator.segment import SegmentReader
+from replicator.spool import Spool
 from replicator.store.memory import MemoryStore
 from replicator.values import Position
 from replicator.worker import Protection, WorkerSettings
@@ -760,6 +761,45 @@ def test_damaged_local_state_leads_to_a_new_timeline(
     with rig(path, store) as live:
         assert live.settle().timeline == 2
     assert len(restored_rows(store, tmp_path)) == 21
+
+
+def test_damaged_local_state_keeps_what_never_reached_the_store(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        writer.insert(1)
+        live.step()
+    (waiting,) = (state / "spool").iterdir()
+    tail = waiting.read_bytes()
+    (state / "base").write_bytes(b"damaged")
+    with rig(path, MemoryStore(), state=state) as live:
+        assert live.settle().timeline == 1
+    (aside,) = state.glob(".aside-*")
+    assert [(file.name, file.read_bytes()) for file in aside.iterdir()] == [(waiting.name, tail)]
+
+
+def test_a_tail_that_is_set_aside_half_way_leaves_a_queue_without_a_hole(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        for _ in range(3):
+            writer.insert(1)
+            live.step()
+    spool = Spool(state)
+    first, second, third = spool.waiting()
+    spool.path(second).unlink()
+    with pytest.raises(FileNotFoundError):
+        spool.set_aside()
+    assert spool.waiting() == [first, second]
+    assert [file.name for file in (state / "spool").iterdir()] == [first.file_name]
+    assert [file.name for file in state.glob(".aside-*/*")] == [third.file_name]
+    spool.close()
 
 
 def test_a_state_of_an_older_backup_never_writes_one_txid_twice(
