@@ -170,7 +170,7 @@ class Capture:
         """Capture what is new. Returns seconds until it wants to be called again, None to wait for a change.
 
         Raises DatabaseError when the database cannot be captured now, NeedsTimeline when it must be given one first, and
-        OSError when the spool cannot be written.
+        LocalStateUnwritable or OSError when the spool cannot be written.
         """
         database = self._open()
         if database.journal is Journal.ROLLBACK:

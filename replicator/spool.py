@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +28,7 @@ from replicator.errors import (
     DatabaseNotReplicable,
     FormatError,
     LocalStateDamaged,
+    LocalStateUnwritable,
     SegmentDamaged,
     SegmentVersionUnknown,
 )
@@ -141,9 +143,10 @@ class Spool:
         return captured
 
     def save_base(self, captured: Captured) -> None:
-        """Make the captured state the base; shipped segments up to there are not needed any more."""
+        """Make the captured state the base; shipped segments up to there are not needed any more. Raises LocalStateUnwritable."""
         failpoints.reach("before-base-write")
-        durable.write_file(self.directory / "base", _encode_base(captured))
+        with _writing(self.directory / "base"):
+            durable.write_file(self.directory / "base", _encode_base(captured))
         failpoints.reach("after-base-write")
         self.base = captured.base()
         with self._guard:
@@ -194,19 +197,23 @@ class Spool:
     # -- segments ------------------------------------------------------------------------------------------------------
 
     def append(self, header: SegmentHeader, write_pages: Callable[[SegmentWriter], None]) -> SegmentRef:
-        """One more segment, durable when this returns. Whatever ``write_pages`` raises leaves nothing behind."""
+        """One more segment, durable when this returns. Whatever ``write_pages`` raises leaves nothing behind.
+
+        Raises LocalStateUnwritable.
+        """
         level = SNAPSHOT_LEVEL if header.snapshot else 0
         ref = SegmentRef(header.timeline, level, header.first, header.last)
         failpoints.reach("before-spool-write")
         unfinished = self._waiting / f"{ref.file_name}.tmp"
         try:
-            with unfinished.open("wb") as file:
-                writer = SegmentWriter(file, header)
-                write_pages(writer)
-                size_bytes = writer.finish()
-                file.flush()
-                os.fsync(file.fileno())
-            durable.replace(unfinished, self._waiting / ref.file_name)
+            with _writing(unfinished):
+                with unfinished.open("wb") as file:
+                    writer = SegmentWriter(file, header)
+                    write_pages(writer)
+                    size_bytes = writer.finish()
+                    file.flush()
+                    os.fsync(file.fileno())
+                durable.replace(unfinished, self._waiting / ref.file_name)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -285,6 +292,16 @@ class Spool:
             raise LocalStateDamaged(f"{path} does not give the state that it states")
         captured.txid, captured.page_size = header.last, header.page_size
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The system's words for a full disk do not say which."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or repr(error)
+        raise LocalStateUnwritable(f"{path} cannot be written: {what}; make room there, or mend what is wrong") from error
 
 
 def _refs(folder: Path) -> list[SegmentRef]:

@@ -624,6 +624,19 @@ def test_nothing_is_skipped_when_the_spool_cannot_be_written_for_a_while(
     assert_same_as_source(store, path, tmp_path)
 
 
+def test_a_full_disk_is_named(path: Path, store: MemoryStore, writer: App, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        captured = live.settle()
+        full = state / "spool" / f"{SegmentRef(1, 0, captured.txid + 1, captured.txid + 1).file_name}.tmp"
+        full.symlink_to("/dev/full")
+        writer.insert(1)
+        live.step()
+        assert live.worker.status().reason.startswith(f"{full} cannot be written: No space left on device; make room")
+        live.worker._ask_for_step()
+        live.settle()
+
+
 def test_a_comparison_that_fails_half_way_is_not_taken_for_done(
     path: Path, store: MemoryStore, writer: App, tmp_path: Path
 ) -> None:

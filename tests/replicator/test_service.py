@@ -177,6 +177,7 @@ def test_a_full_disk_under_the_spool_is_said_and_survived(bucket: Bucket, data: 
             (small / "hog").write_bytes(b"x" * 1_400_000)
             writer.begin_storm(pause_ms=1, size=4000)
             wait_for(lambda: "No space left" in status_of(replicator, path).reason)
+            assert str(small) in status_of(replicator, path).reason
             rows_then = writer.committed()
             wait_for(lambda: writer.committed() > rows_then + 200)
             (small / "hog").unlink()
