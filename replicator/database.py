@@ -235,10 +235,13 @@ class LiveDatabase:
         return True
 
     def is_alone(self) -> bool:
-        """Whether no other process has it open, as far as the kernel's list of locks tells. For choices of cost, not of safety.
+        """Whether nobody else has it open. For choices of cost, not of safety.
 
-        In WAL mode a connection holds a shared lock on the file as long as it lives.
+        Not another process, as far as the kernel's list of locks tells: in WAL mode a connection holds a shared lock on the file as long as
+        it lives. Nor this one, whose locks cannot be told from ours.
         """
+        if any(_opens(connection, self._holder.filename) for connection in _others(self._connections)):
+            return False
         inode = f":{self.identity.inode}"
         try:
             lines = Path("/proc/locks").read_text().splitlines()
@@ -390,6 +393,19 @@ def _first_bytes(path: Path) -> bytes:
         return bytes(file.xRead(len(SQLITE_MAGIC), 0))
     finally:
         file.xClose()
+
+
+def _others(ours: list[apsw.Connection]) -> Iterator[apsw.Connection]:
+    """The connections of this process that are not among these."""
+    known = set(map(id, ours))
+    return (connection for connection in apsw.connections() if id(connection) not in known)
+
+
+def _opens(connection: apsw.Connection, file_name: str) -> bool:
+    try:
+        return connection.filename == file_name
+    except apsw.Error:  # closed meanwhile, by the thread that uses it
+        return False
 
 
 def _until_short(drain: Callable[[], None]) -> None:

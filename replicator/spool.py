@@ -301,7 +301,9 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = error.strerror or repr(error)
-        raise LocalStateUnwritable(f"{path} cannot be written: {what}; make room there, or mend what is wrong") from error
+        raise LocalStateUnwritable(
+            f"{path} cannot be written: {what}; make room there, or mend what is wrong"
+        ) from error
 
 
 def _refs(folder: Path) -> list[SegmentRef]:

@@ -489,6 +489,26 @@ def test_an_application_in_this_process_keeps_its_locks_when_its_database_is_let
     assert restored_rows(bucket.store, tmp_path) == [1, 2]
 
 
+def test_a_database_that_is_open_in_this_process_is_not_checkpointed_after_every_commit(
+    replicator: Replicator, bucket: Bucket, data: Path
+) -> None:
+    """As one is that nobody has open, so that its WAL is empty when another file is put in its place."""
+    path = data / "state.db"
+    application = apsw.Connection(str(path))
+    application.execute("PRAGMA journal_mode=wal; CREATE TABLE ledger(id INTEGER PRIMARY KEY)").fetchall()
+    replicator.add(path, bucket.store, settings=FAST)
+    sizes = []
+    for n in range(10):
+        application.execute("INSERT INTO ledger VALUES (?)", (n,))
+        replicator.sync(path, 10)
+        for _ in range(3):
+            replicator.sync(path, 10)  # steps that find nothing
+        sizes.append(Path(f"{path}-wal").stat().st_size)
+    assert sizes == sorted(sizes) and sizes[0] > 0, "it was never emptied"
+    application.close()
+    wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0)
+
+
 def test_a_stop_leaves_no_descriptor_and_no_thread(bucket: Bucket, data: Path) -> None:
     def descriptors() -> list[str]:
         found = []
