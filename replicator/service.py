@@ -17,7 +17,7 @@ from pathlib import Path
 
 from replicator import catalogue
 from replicator.database import is_database_file
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, StoreError, SyncTimeout
 from replicator.scheduler import Crew, Scheduler
 from replicator.store import ObjectStore
 from replicator.values import Position
@@ -58,10 +58,11 @@ class _Watched:
 
 @dataclass
 class _Replicated:
-    """A database under replication. found_in: None when it was named."""
+    """A database under replication. found_in: None when it was named. entry: what its entry in the catalogue is known to say."""
 
     worker: DatabaseWorker
     found_in: _Watched | None
+    entry: catalogue.Entry | None = None
 
 
 class Replicator:
@@ -307,7 +308,25 @@ class Replicator:
             self._discover(watched, watched.folder.path)
         for replicated in databases.values():
             self._scheduler.wake(replicated.worker)
+        self._uploads.submit(self._renew_entries, databases)
         return set(databases)
+
+    def _renew_entries(self, databases: dict[Path, _Replicated]) -> None:
+        """In an uploading thread: the catalogue says of each file of a folder who owns it now. The store is asked only after a change."""
+        for path, replicated in databases.items():
+            watched = replicated.found_in
+            if watched is None or self._stopping.is_set():
+                continue
+            try:
+                entry = catalogue.entry_of(watched.folder.path, path)
+                if entry != replicated.entry:
+                    catalogue.renew(watched.store, entry)
+                    replicated.entry = entry
+            except OSError:
+                continue  # it is gone
+            except StoreError as error:
+                log.debug("%s: its owner and mode wait for the next sweep: %s", path, error)
+                return
 
     def _examine(self, path: Path) -> bool:
         """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 from ledger_support import app, restored, restored_rows, rows, wait_for
 
@@ -340,6 +342,36 @@ def test_a_folder_that_is_moved_in_or_away_counts(
     wait_for(lambda: is_durable(replicator, data / "here" / "app.db"))
     (data / "here").rename(tmp_path / "away")
     wait_for(lambda: not replicator.status())
+
+
+def test_owner_and_mode_in_the_catalogue_follow_the_file_and_cost_no_request_while_they_stay(
+    bucket: Bucket, data: Path
+) -> None:
+    def entry(name: str) -> tuple[int, int, int]:
+        found = msgspec.json.decode(bucket.store.get(f"databases/{name}"))
+        return found["mode"], found["uid"], found["gid"]
+
+    def requests_for(name: str) -> list[str]:
+        return [operation for operation, key in bucket.store.calls if key == f"databases/{name}"]
+
+    for name in ("app.db", "other.db"):
+        make(data / name)
+        (data / name).chmod(0o600)
+    replicator = Replicator(sweep_s=0.05)
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), bucket.store)
+        wait_for(lambda: is_durable(replicator, data / "app.db") and is_durable(replicator, data / "other.db"))
+        wait_for(lambda: requests_for("other.db") == ["put", "get"])
+        assert entry("app.db")[0] == 0o600
+        (data / "app.db").chmod(0o640)
+        os.chown(data / "app.db", 1234, 2345)
+        wait_for(lambda: entry("app.db") == (0o640, 1234, 2345))
+        (data / "app.db").chmod(0o644)
+        wait_for(lambda: entry("app.db") == (0o644, 1234, 2345))
+        assert requests_for("other.db") == ["put", "get"]
+    finally:
+        replicator.stop(5)
 
 
 def test_two_hundred_databases_at_once_are_in_the_store_within_seconds(
