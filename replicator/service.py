@@ -10,15 +10,25 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from replicator import catalogue
 from replicator.database import is_database_file
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, StoreError, SyncTimeout
+from replicator.errors import (
+    DatabaseError,
+    DatabaseMissing,
+    FormatError,
+    NotADatabase,
+    ReplicatorError,
+    StoreError,
+    SyncTimeout,
+)
 from replicator.scheduler import Crew, Scheduler
+from replicator.spool import holds_segments
 from replicator.store import ObjectStore
 from replicator.values import Position
 from replicator.watch import STATE_SUFFIX, Folder, Watch
@@ -29,6 +39,7 @@ log = logging.getLogger(__name__)
 SWEEP_S = 60.0
 CAPTURE_THREADS = 4
 UPLOAD_THREADS = 16
+CLOSE_S = 10.0
 STOP_THREADS = 32
 LAST_STEP_S = 1.0
 """A step or an upload that runs when the time for a stop is over gets this much more to end."""
@@ -124,18 +135,16 @@ class Replicator:
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
         self._discover(watched, folder.path)
+        for database in _gone_with_a_tail(watched):
+            log.warning("%s is gone; its last commits, which were not shipped yet, go to the store now", database)
+            self._adopt(watched, database)
+            self._look_at(database)
 
-    def remove(self, path: Path, timeout_s: float = 10.0) -> None:
+    def remove(self, path: Path, timeout_s: float = CLOSE_S) -> None:
         """Stop replicating a database. What is in the store stays there, what waits stays in the spool."""
-        with self._guard:
-            replicated = self._databases.pop(path.absolute(), None)
-            if replicated is None:
-                return
-            if replicated.found_in is None:
-                self._watch.remove_file(replicated.worker.path)
-        self._close(replicated.worker, timeout_s)
+        self._remove(path.absolute(), timeout_s, forget=False)
 
-    def remove_folder(self, path: Path, timeout_s: float = 10.0) -> None:
+    def remove_folder(self, path: Path, timeout_s: float = CLOSE_S) -> None:
         """Stop replicating a folder: the databases that were found in it, not those that were named one by one."""
         path = path.absolute()
         with self._guard:
@@ -147,6 +156,15 @@ class Replicator:
             self._refused = {known: why for known, why in self._refused.items() if not known.is_relative_to(path)}
         for database in found:
             self.remove(database, timeout_s)
+
+    def _remove(self, path: Path, timeout_s: float, *, forget: bool) -> None:
+        with self._guard:
+            replicated = self._databases.pop(path, None)
+            if replicated is None:
+                return
+            if replicated.found_in is None:
+                self._watch.remove_file(replicated.worker.path)
+        self._close(replicated.worker, timeout_s, forget=forget)
 
     def _add(
         self,
@@ -251,10 +269,10 @@ class Replicator:
             self._refused.clear()
         return late
 
-    def _close(self, worker: DatabaseWorker, timeout_s: float) -> None:
+    def _close(self, worker: DatabaseWorker, timeout_s: float, *, forget: bool = False) -> None:
         if not self._scheduler.forget(worker, timeout_s):
             log.warning("%s: its step did not end in time; it is let go of when it does", worker.path)
-        worker.close()
+        worker.close(forget=forget)
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
@@ -346,7 +364,9 @@ class Replicator:
         for known, replicated in found.items():
             if replicated.worker.is_finished:
                 log.info("%s is gone; it is not replicated any more, its replica stays", known)
-                self.remove(known)
+                self._remove(known, CLOSE_S, forget=True)
+                if os.path.lexists(known):  # made anew at this moment
+                    self._look_at(known)
             else:
                 self._scheduler.wake(replicated.worker)
         return any(known in self._databases for known in found)
@@ -384,6 +404,26 @@ class Replicator:
                 self._refused.pop(path, None)
             if is_new:
                 log.info("found %s", path)
+
+
+def _gone_with_a_tail(watched: _Watched) -> Iterator[Path]:
+    """Databases that were in the folder, and of which something waits in a local state that an earlier process left."""
+    for path, state in _local_states(watched):
+        if watched.folder.takes(path) and not os.path.lexists(path) and holds_segments(state):
+            yield path
+
+
+def _local_states(watched: _Watched) -> Iterator[tuple[Path, Path]]:
+    """Each with the path of its database."""
+    folder = watched.folder
+    if watched.state is None:
+        pattern = f".*{STATE_SUFFIX}"
+        for state in folder.path.rglob(pattern) if folder.recursive else folder.path.glob(pattern):
+            yield state.with_name(state.name[1 : -len(STATE_SUFFIX)]), state
+    elif watched.state.is_dir():
+        for state in watched.state.iterdir():
+            with suppress(FormatError):  # somebody else's
+                yield folder.path / catalogue.decode(state.name), state
 
 
 def _refusal(path: Path, url: str, reason: str) -> DatabaseStatus:

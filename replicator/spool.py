@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -123,6 +123,17 @@ class Spool:
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
+
+    def remove(self) -> None:
+        """The last thing, when the database is gone and nothing waits: of the folder only what was set aside stays. Raises OSError."""
+        self.discard()
+        with suppress(FileNotFoundError):
+            for folder in (self._waiting, self._kept):
+                folder.rmdir()
+            (self.directory / "lock").unlink()
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()
+        self.close()
 
     # -- the captured state --------------------------------------------------------------------------------------------
 
@@ -265,11 +276,14 @@ class Spool:
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(descriptor).st_nlink > 0  # else its holder has removed it just now
         except OSError:
+            is_ours = False
+        if not is_ours:
             os.close(descriptor)
             raise DatabaseNotReplicable(
                 f"{self.directory} is in use by another replicator; two must not replicate one database"
-            ) from None
+            )
         return descriptor
 
     def _apply(self, captured: Captured, ref: SegmentRef) -> None:
@@ -292,6 +306,11 @@ class Spool:
             raise LocalStateDamaged(f"{path} does not give the state that it states")
         captured.txid, captured.page_size = header.last, header.page_size
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
+
+
+def holds_segments(directory: Path) -> bool:
+    """Whether something waits in the local state there."""
+    return any((directory / "spool").glob("*.seg"))
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from replicator import origin
 from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
+from replicator.database import identify
 from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
 from replicator.pace import Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
-from replicator.ship import Shipper
+from replicator.ship import Diverged, Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.values import Position
@@ -122,6 +123,7 @@ class DatabaseWorker:
         self._captured_for = 0  # the timeline that it captured for
         self._wanted_step = 0  # the step that somebody waits for, so that it must not be put off
         self._closed = False
+        self._forgets = False
 
     # -- the loop's body -----------------------------------------------------------------------------------------------
 
@@ -196,6 +198,7 @@ class DatabaseWorker:
     def _capture_some(self) -> float | None:
         before = self._capture.position
         if self._shipper.diverged is not None:
+            self._check_present(self._shipper.diverged)
             self._begin_timeline(NeedsTimeline(str(self._shipper.diverged), None))
         try:
             wait_s = self._capture.step()
@@ -206,6 +209,15 @@ class DatabaseWorker:
         if self._capture.position != before:
             self._pace.spend()
         return wait_s
+
+    def _check_present(self, diverged: Diverged) -> None:
+        """What waits is thrown away only as long as the database still has it. Raises DatabaseMissing."""
+        try:
+            identify(self.path)
+        except DatabaseMissing:
+            raise DatabaseMissing(
+                f"{self.path} is gone, and its last commits cannot be shipped: {diverged}; they are kept in {self._spool.directory}"
+            ) from None
 
     def _begin_timeline(self, need: NeedsTimeline) -> None:
         """A record that was written for a try that failed locally is used by the next one."""
@@ -333,16 +345,24 @@ class DatabaseWorker:
         """Whether the database is gone, and everything that was captured of it is in the store."""
         return isinstance(self._problem, DatabaseMissing) and not self._spool.waiting() and self._shipper.idle
 
-    def close(self) -> None:
-        """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now."""
+    def close(self, *, forget: bool = False) -> None:
+        """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now.
+
+        forget: remove the local state too, if the database is gone for good (``is_finished``).
+        """
         with self._changed:
+            self._forgets = forget
             if not self._closed and not self._stepping:
                 self._close()
             self._closed = True
 
     def _close(self) -> None:
         try:
-            self._capture.close()
+            if self._forgets and self.is_finished:
+                self._capture.let_go()
+                self._spool.remove()
+            else:
+                self._capture.close()
         except (ReplicatorError, OSError) as error:
             log.warning("%s: its local state could not be brought up to date: %s", self.path, error)
         finally:

@@ -406,6 +406,53 @@ def test_a_database_that_goes_is_kept_in_mind_until_its_last_commits_are_in_the_
     bucket.down = False
     wait_for(lambda: not replicator.status())
     assert restored_rows(catalogue.replica_of(bucket.store, Path("app.db")), tmp_path) == list(range(1, 8))
+    wait_for(lambda: not (data / ".app.db-replicator").exists())
+
+
+def delete_while_the_store_is_down(path: Path, bucket: Bucket, state: Path | None) -> None:
+    """Its last commits are captured, and not shipped by the process that ends here."""
+    replicator = Replicator(sweep_s=3600)
+    replicator.start()
+    replicator.add_folder(Folder(path.parent), bucket.store, state=state, settings=FAST)
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(3)
+        wait_for(lambda: is_durable(replicator, path))
+        bucket.down = True
+        writer.insert(4)
+        wait_for(lambda: status_of(replicator, path).waiting_segments)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+    wait_for(lambda: "no such file" in status_of(replicator, path).reason)
+    replicator.stop(0.1)
+    bucket.down = False
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_last_commits_of_a_database_that_went_before_the_start_reach_the_store(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path, beside: bool
+) -> None:
+    """Then nothing of it is left here."""
+    state = None if beside else tmp_path / "state"
+    local = data / ".app.db-replicator" if beside else tmp_path / "state" / "app.db"
+    delete_while_the_store_is_down(data / "app.db", bucket, state)
+    assert list((local / "spool").iterdir())
+    replicator.add_folder(Folder(data), bucket.store, state=state, settings=FAST)
+    assert [status.path for status in replicator.status()] == [data / "app.db"]
+    wait_for(lambda: not replicator.status())
+    assert restored_rows(catalogue.replica_of(bucket.store, Path("app.db")), tmp_path) == list(range(1, 8))
+    wait_for(lambda: not local.exists())
+
+
+def test_last_commits_that_nobody_else_has_are_kept_when_their_replica_was_deleted(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path, spool = data / "app.db", tmp_path / "state" / "app.db" / "spool"
+    delete_while_the_store_is_down(path, bucket, tmp_path / "state")
+    tail = sorted(file.name for file in spool.iterdir())
+    bucket.store.delete([info.key for info in bucket.store.list()])
+    replicator.add_folder(Folder(data), bucket.store, state=tmp_path / "state", settings=FAST)
+    wait_for(lambda: "its last commits cannot be shipped" in status_of(replicator, path).reason)
+    assert sorted(file.name for file in spool.iterdir()) == tail
 
 
 def test_a_database_that_is_found_while_the_store_is_down_is_shown_as_not_protected(
