@@ -166,6 +166,12 @@ class Capture:
         self._captured = captured
         self._loaded = True
 
+    def give_up(self) -> None:
+        """Forget what was captured, as nothing of it can be shipped any more; what waits is set aside. Raises OSError."""
+        self._spool.set_aside()
+        self._captured, self._loaded = None, True
+        self._spool.discard()
+
     def step(self) -> float | None:
         """Capture what is new. Returns seconds until it wants to be called again, None to wait for a change.
 
@@ -223,8 +229,7 @@ class Capture:
             return self._spool.load()
         except LocalStateDamaged as error:
             log.warning("local state is damaged; a new timeline begins: %s", error)
-            self._spool.set_aside()
-            self._spool.discard()
+            self.give_up()
             return None
 
     def load(self) -> None:

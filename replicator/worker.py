@@ -215,9 +215,10 @@ class DatabaseWorker:
         try:
             identify(self.path)
         except DatabaseMissing:
-            raise DatabaseMissing(
-                f"{self.path} is gone, and its last commits cannot be shipped: {diverged}; they are kept in {self._spool.directory}"
-            ) from None
+            if self._spool.waiting():
+                log.warning("%s is gone, and its last commits cannot be shipped: %s", self.path, diverged)
+            self._capture.give_up()
+            raise
 
     def _begin_timeline(self, need: NeedsTimeline) -> None:
         """A record that was written for a try that failed locally is used by the next one."""

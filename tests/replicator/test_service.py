@@ -451,8 +451,11 @@ def test_last_commits_that_nobody_else_has_are_kept_when_their_replica_was_delet
     tail = sorted(file.name for file in spool.iterdir())
     bucket.store.delete([info.key for info in bucket.store.list()])
     replicator.add_folder(Folder(data), bucket.store, state=tmp_path / "state", settings=FAST)
-    wait_for(lambda: "its last commits cannot be shipped" in status_of(replicator, path).reason)
-    assert sorted(file.name for file in spool.iterdir()) == tail
+    wait_for(lambda: not replicator.status())
+    wait_for(lambda: not (spool.parent / "lock").exists())
+    (aside,) = spool.parent.iterdir()
+    assert aside.name.startswith(".aside-")
+    assert sorted(file.name for file in aside.iterdir()) == tail
 
 
 def test_a_database_that_is_found_while_the_store_is_down_is_shown_as_not_protected(
