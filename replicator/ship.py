@@ -25,6 +25,7 @@ from replicator.values import Position, Timeline, format_time
 log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 4
+PROVE_EVERY_S = 300.0
 FIRST_RETRY_S = 0.5
 MAX_RETRY_S = 10.0
 _COMPARE_BYTES = 4 * 1024 * 1024
@@ -45,14 +46,19 @@ class Shipper:
         changed: Callable[[], None],
         *,
         now_ms: Callable[[], int],
+        prove_every_s: float = PROVE_EVERY_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """changed: called whenever a segment has arrived or failed, from an uploading thread."""
+        """changed: called whenever a segment has arrived or failed, from an uploading thread.
+
+        prove_every_s: so long a replica that was there counts as being there. Then the next upload asks once more.
+        """
         self._spool = spool
         self._store = store
         self._pool = pool
         self._changed = changed
         self._now_ms = now_ms
+        self._prove_every_s = prove_every_s
         self._monotonic = monotonic
         self._guard = threading.Lock()
         self._in_flight: set[SegmentRef] = set()
@@ -60,6 +66,7 @@ class Shipper:
         self._era = 0  # what was begun for a timeline before this one says nothing of it
         self._arrived_ms: dict[int, int] = {}  # commit times by txid, of what arrived before something older
         self._proven: int | None = None
+        self._proven_at = 0.0
         self._retry_s = FIRST_RETRY_S
         self._not_before = 0.0
         self.problem: StoreError | None = None
@@ -102,6 +109,7 @@ class Shipper:
             self._era += 1
             self.diverged = None
             self._proven = timeline.number
+            self._proven_at = self._monotonic()
 
     @property
     def idle(self) -> bool:
@@ -121,7 +129,7 @@ class Shipper:
     def _prove(self, timeline: Timeline, era: int) -> None:
         """With nothing to upload, the store is asked all the same, once: somebody may have emptied it."""
         try:
-            if self._try(lambda: self._prove_timeline(timeline), era):
+            if self._try(lambda: self._prove_now(timeline), era):
                 self._unblocked()
         finally:
             self._proving = False
@@ -133,8 +141,9 @@ class Shipper:
             return True
         except Diverged as diverged:
             with self._guard:
-                if era == self._era:
+                if era == self._era and self.diverged is None:
                     self.diverged = diverged
+                    log.warning("%s", diverged)
         except StoreError as error:
             self._failed(error)
         except OSError as error:
@@ -146,8 +155,8 @@ class Shipper:
 
     def _take_to_store(self, ref: SegmentRef, timeline: Timeline) -> None:
         path = self._spool.path(ref)
-        if self._proven != timeline.number:
-            self._prove_timeline(timeline)
+        if self._proven != timeline.number or self._monotonic() - self._proven_at >= self._prove_every_s:
+            self._prove_now(timeline)
         try:
             header = read_header(_head(path))
         except (FormatError, FileNotFoundError) as error:
@@ -159,8 +168,14 @@ class Shipper:
         if self._spool.mark_shipped(ref):
             self._succeeded(header.last_commit_ms, ref)
 
+    def _prove_now(self, timeline: Timeline) -> None:
+        """Somebody may have emptied the store, and what is shipped after that restores nothing."""
+        at = self._monotonic()
+        self._prove_timeline(timeline)
+        self._proven_at = at
+
     def _prove_timeline(self, timeline: Timeline) -> None:
-        """Once per timeline and process: the store's record of it is the one that this writer made."""
+        """The store's record of it is the one that this writer made."""
         try:
             record = decode_timeline(self._store.get(timeline_key(timeline.number)))
         except ObjectMissing:

@@ -21,7 +21,7 @@ from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, Repl
 from replicator.pace import Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
-from replicator.ship import Diverged, Shipper
+from replicator.ship import PROVE_EVERY_S, Diverged, Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.values import Position
@@ -74,12 +74,14 @@ class DatabaseStatus:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses."""
+    """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
+    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
     burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
+    prove_every_s: float = PROVE_EVERY_S
 
 
 class DatabaseWorker:
@@ -109,7 +111,9 @@ class DatabaseWorker:
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
-        self._shipper = Shipper(self._spool, store, uploads, self._on_upload, now_ms=now_ms)
+        self._shipper = Shipper(
+            self._spool, store, uploads, self._on_upload, now_ms=now_ms, prove_every_s=settings.prove_every_s
+        )
         self._wake = wake
         self._begun: origin.Origin | None = None
         self._problem: Exception | None = None

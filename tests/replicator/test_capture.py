@@ -720,6 +720,26 @@ def test_a_bucket_that_was_emptied_while_we_were_away_is_filled_again(path: Path
     assert len(restored_rows(store, tmp_path)) == 20
 
 
+def test_a_bucket_that_is_emptied_while_we_run_is_filled_again(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rig(path, store, settings=WorkerSettings(interval_s=0, prove_every_s=0)) as live:
+        live.settle()
+        store.delete([info.key for info in store.list()])
+        writer.insert(1)
+        live.settle()
+    assert len(restored_rows(store, tmp_path)) == 21
+    assert [r.levelname for r in caplog.records if "was it emptied" in r.message and "ship" in r.name] == ["WARNING"]
+
+
+def test_in_the_steady_state_there_are_uploads_and_no_other_request(writer: App, live: Rig, store: MemoryStore) -> None:
+    before = len(store.calls)
+    for _ in range(5):
+        writer.insert(1)
+        live.settle()
+    assert [operation for operation, _ in store.calls[before:]] == ["put"] * 5
+
+
 @pytest.mark.slow
 def test_a_store_that_denies_is_said_and_nothing_is_lost(
     writer: App, live: Rig, store: MemoryStore, tmp_path: Path
