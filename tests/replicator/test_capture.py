@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
@@ -694,6 +696,87 @@ def test_another_object_under_our_key_leads_to_a_new_timeline(
     assert live.settle().timeline == 2
     assert len(restored_rows(store, tmp_path)) == 21
     assert len(rows(restored(store, tmp_path, RestoreOptions(position=Position(1, 1))))) == 20
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Files can be made and renamed, and hold next to nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_commits_that_were_thrown_away_for_a_new_timeline_never_count_as_durable(
+    writer: App, live: Rig, store: MemoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even when the disk is too full to begin it."""
+    store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+    writer.insert(1)
+    live.step()
+    wait_for(lambda: "holds another" in caplog.text)
+    with no_room():
+        live.step()
+    status = live.worker.status()
+    assert "base cannot be written" in status.reason and status.protection is Protection.NOT_PROTECTED
+    assert (status.waiting_segments, status.captured, status.durable) == (0, None, None)
+    live.worker._ask_for_step()
+    assert live.settle().timeline == 2, "the record that was written for the failed try is used"
+    assert len(timelines(store)) == 2
+    assert len(restored_rows(store, tmp_path)) == 21
+
+
+def test_a_timeline_that_was_begun_for_a_state_that_is_not_the_newest_any_more_is_dropped(
+    path: Path, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It forks from a commit that never reached the store, and never will."""
+    caplog.set_level("INFO")
+    down = threading.Event()
+
+    def before(operation: str, key: str) -> None:
+        if down.is_set() and "segments/" in key:
+            raise StoreUnavailable("down")
+
+    store = MemoryStore(before=before)
+    other = path.with_name("other.db")
+    make(other, 3)
+    with rig(path, store) as live:
+        live.settle()
+        store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+        down.set()
+        writer.insert(1)
+        live.step()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+        live.step()
+        other.rename(path)
+        with no_room():
+            live.step()
+            assert timelines(store) == [(None, None), (1, 2)]
+            down.clear()
+            wait_for(lambda: (live.step(), "holds another" in caplog.text)[1])
+        live.worker._ask_for_step()
+        assert live.settle().timeline == 3
+    assert "goes on as timeline 2" not in caplog.text and headers(store, 2) == []
+    assert [snapshot for snapshot, _, _ in headers(store, 3)] == [True]
+    assert restored_rows(store, tmp_path) == [1, 2, 3]
+
+
+def test_a_full_spool_whose_segments_can_never_be_shipped_leads_to_a_new_timeline(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither waits for the other: uploads would free the spool, and a capture would begin the timeline."""
+    with rig(path, store, settings=WorkerSettings(interval_s=0, spool_limit_bytes=1000)) as live:
+        live.settle()
+        store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+        writer.insert(1, 30_000)
+        live.step()
+        wait_for(lambda: "holds another" in caplog.text)
+        assert live.worker.status().waiting_bytes > 1000
+        assert live.settle().timeline == 2
+    assert len(restored_rows(store, tmp_path)) == 21
 
 
 def test_while_the_store_is_down_a_divergence_asks_it_seldom(writer: App, live: Rig, store: MemoryStore) -> None:
