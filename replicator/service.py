@@ -104,6 +104,7 @@ class Replicator:
         self._look = threading.Event()
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
+        self._renewal = threading.Lock()
 
     def start(self) -> None:
         self._watch.start()
@@ -331,6 +332,14 @@ class Replicator:
 
     def _renew_entries(self, databases: dict[Path, _Replicated]) -> None:
         """In an uploading thread: the catalogue says of each file of a folder who owns it now. The store is asked only after a change."""
+        if not self._renewal.acquire(blocking=False):
+            return  # the one before still waits for the store
+        try:
+            self._renew_each(databases)
+        finally:
+            self._renewal.release()
+
+    def _renew_each(self, databases: dict[Path, _Replicated]) -> None:
         for path, replicated in databases.items():
             watched = replicated.found_in
             if watched is None or self._stopping.is_set():
