@@ -73,6 +73,10 @@ class LocalStateDamaged(FormatError):
     """A file in the replicator's own state directory is damaged; it is set aside and a new base is taken."""
 
 
+class LocalStateUnwritable(ReplicatorError):
+    """The disk refused a write to the replicator's own state directory; the same write is tried again."""
+
+
 # -- restore -----------------------------------------------------------------------------------------------------------
 
 

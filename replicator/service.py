@@ -10,8 +10,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from replicator.errors import (
     DatabaseError,
     DatabaseMissing,
     DatabaseNotReplicable,
+    FormatError,
     NotADatabase,
     ReplicatorError,
+    StoreError,
     SyncTimeout,
 )
 from replicator.scheduler import Crew, Scheduler
+from replicator.spool import holds_segments
 from replicator.store import ObjectStore
 from replicator.values import Position
 from replicator.watch import STATE_SUFFIX, CalmInotify, Folder, Watch, companion_of
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
 SWEEP_S = 60.0
 CAPTURE_THREADS = 4
 UPLOAD_THREADS = 16
+CLOSE_S = 10.0
 STOP_THREADS = 32
 LAST_STEP_S = 1.0
 """A step or an upload that runs when the time for a stop is over gets this much more to end."""
@@ -79,10 +84,11 @@ class _Refused:
 
 @dataclass
 class _Replicated:
-    """A database under replication. folder: in which it was found; None when it was named."""
+    """A database under replication. found_in: None when it was named. entry: what its entry in the catalogue is known to say."""
 
     worker: DatabaseWorker
-    folder: Path | None
+    found_in: _Watched | None
+    entry: catalogue.Entry | None = None
 
 
 class Replicator:
@@ -119,6 +125,7 @@ class Replicator:
         self._sweep_now = threading.Event()
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
+        self._renewal = threading.Lock()
 
     def start(self) -> None:
         self._watch.start()
@@ -133,7 +140,7 @@ class Replicator:
 
         Raises DatabaseNotReplicable when another replicator has it, ConfigError when its folder is missing.
         """
-        self._add(path.absolute(), store, state, settings or WorkerSettings(), folder=None, register=lambda: None)
+        self._add(path.absolute(), store, state, settings or WorkerSettings(), found_in=None, register=lambda: None)
 
     def add_folder(
         self, folder: Folder, store: ObjectStore, *, state: Path | None = None, settings: WorkerSettings | None = None
@@ -150,18 +157,16 @@ class Replicator:
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
         self._discover(watched, folder.path)
+        for database in _gone_with_a_tail(watched):
+            log.warning("%s is gone; its last commits, which were not shipped yet, go to the store now", database)
+            self._adopt(watched, database)
+            self._look_at(database)
 
-    def remove(self, path: Path, timeout_s: float = 10.0) -> None:
+    def remove(self, path: Path, timeout_s: float = CLOSE_S) -> None:
         """Stop replicating a database. What is in the store stays there, what waits stays in the spool."""
-        with self._guard:
-            replicated = self._databases.pop(path.absolute(), None)
-            if replicated is None:
-                return
-            if replicated.folder is None:
-                self._watch.remove_file(replicated.worker.path)
-        self._close(replicated.worker, timeout_s)
+        self._remove(path.absolute(), timeout_s, forget=False)
 
-    def remove_folder(self, path: Path, timeout_s: float = 10.0) -> None:
+    def remove_folder(self, path: Path, timeout_s: float = CLOSE_S) -> None:
         """Stop replicating a folder: the databases that were found in it, not those that were named one by one."""
         path = path.absolute()
         with self._guard:
@@ -169,10 +174,19 @@ class Replicator:
             if watched is None:
                 return
             self._watch.remove_folder(watched.folder)
-            found = self._found_in(path)
+            found = [known for known, it in self._databases.items() if it.found_in is watched]
             self._refused = {known: why for known, why in self._refused.items() if why.folder != path}
         for database in found:
             self.remove(database, timeout_s)
+
+    def _remove(self, path: Path, timeout_s: float, *, forget: bool) -> None:
+        with self._guard:
+            replicated = self._databases.pop(path, None)
+            if replicated is None:
+                return
+            if replicated.found_in is None:
+                self._watch.remove_file(replicated.worker.path)
+        self._close(replicated.worker, timeout_s, forget=forget)
 
     def _add(
         self,
@@ -181,12 +195,13 @@ class Replicator:
         state: Path | None,
         settings: WorkerSettings,
         *,
-        folder: Path | None,
+        found_in: _Watched | None,
         register: Callable[[], object],
-    ) -> None:
+    ) -> bool:
+        """False when it is replicated already, or not any more: its folder may have been dropped since it was found."""
         with self._guard:
-            if path in self._databases or self._stopping.is_set():
-                return
+            if path in self._databases or self._stopping.is_set() or not self._is_watched(found_in):
+                return False
             worker = DatabaseWorker(
                 path,
                 store,
@@ -200,13 +215,17 @@ class Replicator:
                 register=register,
             )
             try:
-                if folder is None:
+                if found_in is None:
                     self._watch.add_file(path)
             except ReplicatorError:
                 worker.close()
                 raise
-            self._databases[path] = _Replicated(worker, folder)
+            self._databases[path] = _Replicated(worker, found_in)
         self._scheduler.wake(worker)
+        return True
+
+    def _is_watched(self, folder: _Watched | None) -> bool:
+        return folder is None or self._folders.get(folder.folder.path) is folder
 
     # -- how it is -----------------------------------------------------------------------------------------------------
 
@@ -269,10 +288,6 @@ class Replicator:
         if problems:
             raise problems[0]
 
-    def _found_in(self, folder: Path) -> list[Path]:
-        with self._guard:
-            return [path for path, replicated in self._databases.items() if replicated.folder == folder]
-
     # -- stopping ------------------------------------------------------------------------------------------------------
 
     def stop(self, timeout_s: float = 10.0) -> list[NotDurable]:
@@ -296,10 +311,10 @@ class Replicator:
             self._refused.clear()
         return late
 
-    def _close(self, worker: DatabaseWorker, timeout_s: float) -> None:
+    def _close(self, worker: DatabaseWorker, timeout_s: float, *, forget: bool = False) -> None:
         if not self._scheduler.forget(worker, timeout_s):
             log.warning("%s: its step did not end in time; it is let go of when it does", worker.path)
-        worker.close()
+        worker.close(forget=forget)
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
@@ -363,7 +378,33 @@ class Replicator:
             self._scheduler.wake(replicated.worker)
         if words := shortage(len(databases)):
             log.warning("%s", words)
+        self._uploads.submit(self._renew_entries, databases)
         return set(databases)
+
+    def _renew_entries(self, databases: dict[Path, _Replicated]) -> None:
+        """In an uploading thread: the catalogue says of each file of a folder who owns it now. The store is asked only after a change."""
+        if not self._renewal.acquire(blocking=False):
+            return  # the one before still waits for the store
+        try:
+            self._renew_each(databases)
+        finally:
+            self._renewal.release()
+
+    def _renew_each(self, databases: dict[Path, _Replicated]) -> None:
+        for path, replicated in databases.items():
+            watched = replicated.found_in
+            if watched is None or self._stopping.is_set():
+                continue
+            try:
+                entry = catalogue.entry_of(watched.folder.path, path)
+                if entry != replicated.entry:
+                    catalogue.renew(watched.store, entry)
+                    replicated.entry = entry
+            except OSError:
+                continue  # it is gone
+            except StoreError as error:
+                log.debug("%s: its owner and mode wait for the next sweep: %s", path, error)
+                return
 
     def _examine(self, path: Path) -> bool:
         """Take up what is new at a path, or below it; drop what is gone. True when it must be looked at again."""
@@ -377,11 +418,13 @@ class Replicator:
             return False
         with self._guard:
             self._refused.pop(path, None)
-            found = {known: it for known, it in self._databases.items() if it.folder and known.is_relative_to(path)}
+            found = {known: it for known, it in self._databases.items() if it.found_in and known.is_relative_to(path)}
         for known, replicated in found.items():
             if replicated.worker.is_finished:
                 log.info("%s is gone; it is not replicated any more, its replica stays", known)
-                self.remove(known)
+                self._remove(known, CLOSE_S, forget=True)
+                if os.path.lexists(known):  # made anew at this moment
+                    self._look_at(known)
             else:
                 self._scheduler.wake(replicated.worker)
         return any(known in self._databases for known in found)
@@ -416,6 +459,8 @@ class Replicator:
         reason = os.fsencode(reason).decode(errors="backslashreplace")  # it is told to people, and may name the file
         refused = _Refused(watched.folder.path, catalogue.replica_of(watched.store, name).url, reason)
         with self._guard:
+            if not self._is_watched(watched):
+                return
             is_news = self._refused.get(path) != refused
             self._refused[path] = refused
         if is_news:
@@ -429,12 +474,12 @@ class Replicator:
         replica = catalogue.replica_of(watched.store, name)
         state = watched.state / catalogue.encode(name) if watched.state else None
         try:
-            self._add(
+            is_new = self._add(
                 path,
                 replica,
                 state,
                 watched.settings,
-                folder=folder,
+                found_in=watched,
                 register=lambda: catalogue.register(watched.store, folder, path),
             )
         except (ReplicatorError, OSError) as error:
@@ -442,7 +487,28 @@ class Replicator:
         else:
             with self._guard:
                 self._refused.pop(path, None)
-            log.info("found %s", path)
+            if is_new:
+                log.info("found %s", path)
+
+
+def _gone_with_a_tail(watched: _Watched) -> Iterator[Path]:
+    """Databases that were in the folder, and of which something waits in a local state that an earlier process left."""
+    for path, state in _local_states(watched):
+        if watched.folder.takes(path) and not os.path.lexists(path) and holds_segments(state):
+            yield path
+
+
+def _local_states(watched: _Watched) -> Iterator[tuple[Path, Path]]:
+    """Each with the path of its database."""
+    folder = watched.folder
+    if watched.state is None:
+        pattern = f".*{STATE_SUFFIX}"
+        for state in folder.path.rglob(pattern) if folder.recursive else folder.path.glob(pattern):
+            yield state.with_name(state.name[1 : -len(STATE_SUFFIX)]), state
+    elif watched.state.is_dir():
+        for state in watched.state.iterdir():
+            with suppress(FormatError):  # somebody else's
+                yield folder.path / catalogue.decode(state.name), state
 
 
 def _refusal(path: Path, why: _Refused) -> DatabaseStatus:
