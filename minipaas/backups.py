@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 STATE = "state"
 VOLUMES = "volumes"
 IMAGES = "images"
-FLEET = "fleet"
 
 
 PROBE_PATIENCE_S = 3.0

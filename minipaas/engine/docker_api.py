@@ -33,7 +33,7 @@ import urllib3.exceptions
 from minipaas.engine import Container, ContainerSpec, LogLine, nobody_leaves
 from minipaas.engine.archive import normalised
 from minipaas.engine.context import check_containerfile, context_stream
-from minipaas.engine.frames import frames, log_lines, parse_moment
+from minipaas.engine.frames import buffered, frames, log_lines, parse_moment
 from minipaas.engine.subnet import candidates, host_routes
 from minipaas.errors import (
     BuildFailed,
@@ -425,6 +425,18 @@ class DockerContainers:
 
     def _log_lines(self, key: str, tail: int | None, gone: Callable[[], bool] | None = None) -> Iterator[LogLine]:
         """gone: None for what is there already."""
+        if tail is None or not self._connection.is_podman:
+            return self._read_log(key, tail, gone)
+        return self._tail_of_podman(key, tail, gone)
+
+    def _tail_of_podman(self, key: str, tail: int, gone: Callable[[], bool] | None) -> Iterator[LogLine]:
+        """Asked for the last lines, Podman 4 mixes up those that a program printed in several writes: all are read, and cut here."""
+        if gone is None:
+            return iter(deque(self._read_log(key, None, None), maxlen=tail))
+        surplus = sum(1 for _ in self._read_log(key, None, None)) - tail
+        return islice(self._read_log(key, None, gone), max(0, surplus), None)
+
+    def _read_log(self, key: str, tail: int | None, gone: Callable[[], bool] | None) -> Iterator[LogLine]:
         ask = {"stdout": "1", "stderr": "1", "timestamps": "1", "tail": "all" if tail is None else str(tail)}
         if gone is not None:
             ask["follow"] = "1"
@@ -434,7 +446,7 @@ class DockerContainers:
             self._connection.stream("GET", f"/containers/{key}/logs", silence_s=silence_s, params=ask) as response,
         ):
             with nullcontext() if gone is None else _ended_when(gone, response.raw):
-                yield from log_lines(response.raw.read)
+                yield from log_lines(buffered(response.raw.read1))
 
     def exec(self, name: str, command: Sequence[str], *, timeout_s: float) -> tuple[int, str]:
         """The last MAX_OUTPUT bytes of output. Raises ContainerMissing, TimedOut (after ending the command)."""
@@ -455,7 +467,7 @@ class DockerContainers:
         kept = b""
         how = {"Detach": False, "Tty": False}
         with self._connection.stream("POST", f"/exec/{key}/start", silence_s=timeout_s, json=how) as response:
-            for _, payload in frames(response.raw.read):
+            for _, payload in frames(buffered(response.raw.read1)):
                 kept = (kept + payload)[-MAX_OUTPUT:]
                 if time.monotonic() > deadline:
                     raise TimeoutError

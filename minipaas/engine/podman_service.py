@@ -58,7 +58,7 @@ def containers_conf(host: Host) -> str:
     """The text of containers.conf, which replaces the system's."""
     quoted = ", ".join(f'"{name}={value}:{value}"' for name, value in host.ulimits)
     lines = ["# Written by minipaas at each start of its Podman service.", "[containers]"]
-    lines += [f"default_ulimits = [{quoted}]", 'log_driver = "k8s-file"', "log_size_max = 33554432"]
+    lines += [f"default_ulimits = [{quoted}]", 'log_driver = "k8s-file"', "log_size_max = 10485760"]
     lines += [f'init_path = "{host.init}"'] if host.init else []
     lines += ["[engine]", f'runtime = "{choose_runtime(host.cgroups, host.runtimes)}"', 'events_logger = "file"']
     lines += [f'cgroup_manager = "{"systemd" if host.has_systemd else "cgroupfs"}"']

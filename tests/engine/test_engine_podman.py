@@ -130,6 +130,15 @@ def test_following_a_log_ends_with_the_container(podman: DockerEngine, busybox: 
     assert all(abs(line.at_ms - now_ms) < 60_000 for line in podman.containers.logs("real-1"))
 
 
+def test_the_last_lines_are_whole_however_they_were_printed(podman: DockerEngine, busybox: str) -> None:
+    script = "for i in 1 2 3; do printf a; sleep 0.1; printf $i; sleep 0.1; echo; done; sleep 0.3; echo end"
+    podman.containers.run(shell(busybox, script))
+    wait_for(lambda: ("stdout", "a3") in texts(podman))
+    assert texts(podman, tail=2, follow=True) == [("stdout", "a2"), ("stdout", "a3"), ("stdout", "end")]
+    assert texts(podman, tail=2) == [("stdout", "a3"), ("stdout", "end")]
+    assert texts(podman, tail=0) == []
+
+
 def test_a_line_longer_than_the_engine_s_buffer_stays_one_line(podman: DockerEngine, busybox: str) -> None:
     podman.containers.run(shell(busybox, "head -c 50000 /dev/zero | tr '\\0' x; echo; echo end"))
     assert texts(podman, follow=True) == [("stdout", "x" * 50_000), ("stdout", "end")]
