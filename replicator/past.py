@@ -142,11 +142,11 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def _allowed(operation: int, name: str | None, *_: str | None) -> int:
-    """The authorizer: no file but other images of the past may be attached; VACUUM INTO counts as one too."""
-    if operation == apsw.SQLITE_ATTACH and not (name and _vfs().knows(name)):
-        return apsw.SQLITE_DENY
-    return apsw.SQLITE_OK
+def _allowed(operation: int, name: str | None, value: str | None, *_: str | None) -> int:
+    """The authorizer: no file but other images of the past; VACUUM INTO attaches one too, and large sorts stay in memory."""
+    other_file = operation == apsw.SQLITE_ATTACH and not (name and _vfs().knows(name))
+    temporary_file = operation == apsw.SQLITE_PRAGMA and (name or "").lower() == "temp_store" and value is not None
+    return apsw.SQLITE_DENY if other_file or temporary_file else apsw.SQLITE_OK
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
