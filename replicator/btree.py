@@ -1,4 +1,4 @@
-"""SQLite's b-trees as far as a comparison needs them: which pages belong to a tree, and which rowids a leaf may hold. Pure.
+"""SQLite's b-trees as far as a comparison needs them: which tree a page belongs to, and which rowids are below it. Pure.
 
 Owns the reading of b-tree pages. Never decodes a record, never writes a page.
 Source: sqlite.org/fileformat2.html, sections 1.3, 1.5, 1.6 and 1.8.
@@ -7,15 +7,20 @@ Source: sqlite.org/fileformat2.html, sections 1.3, 1.5, 1.6 and 1.8.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from replicator.pagehash import lock_page
 
+MOST_TOLD_APART = 1 << 25
+"""Pages of a database in which the first byte of a page on which a row goes on is never that of a b-tree page."""
+
 ReadPage = Callable[[int], bytes | memoryview]
 """page number -> the page."""
 
 _INDEX_INTERIOR, _TABLE_INTERIOR, _INDEX_LEAF, _TABLE_LEAF = 2, 5, 10, 13
+_KINDS = frozenset((_INDEX_INTERIOR, _TABLE_INTERIOR, _INDEX_LEAF, _TABLE_LEAF))
 _HEADER_BYTES = 100
 _MOST_LEVELS = 20
 
@@ -25,26 +30,12 @@ class TreeDamaged(Exception):
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A leaf of a table: rows with a rowid above ``low`` and up to ``high`` are in it, and nowhere else; None: no bound."""
+class Span:
+    """A page of a table's tree: rows with a rowid above ``low`` and up to ``high`` are below it, and nowhere else; None: no bound."""
 
     page_no: int
-    low: int | None
-    high: int | None
-
-
-@dataclass(frozen=True)
-class Tree:
-    """inner: the pages that lead to the leaves. by_rowid: a table with rowids; else an index, or a table without."""
-
-    by_rowid: bool
-    inner: tuple[int, ...]
-    leaves: tuple[Leaf, ...]
-
-    @property
-    def page_nos(self) -> set[int]:
-        """All but overflow pages."""
-        return {*self.inner, *(leaf.page_no for leaf in self.leaves)}
+    low: int | None = None
+    high: int | None = None
 
 
 class DatabasePages:
@@ -53,40 +44,75 @@ class DatabasePages:
     def __init__(self, read: ReadPage, page_count: int) -> None:
         """The database has at least one page."""
         self._read = read
-        self._page_count = page_count
+        self.page_count = page_count
         header = bytes(read(1)[:_HEADER_BYTES])
         self._page_size = len(read(1))
         self._usable = self._page_size - header[20]
         self._first_trunk = int.from_bytes(header[32:36], "big")
         self._auto_vacuum = any(header[52:56])
+        self._inner: dict[int, Node] = {}
+        self._depths: dict[int, int] = {}
 
-    def tree(self, root: int) -> Tree:
-        """Reads the inner pages only: all leaves are equally deep."""
-        depth = 0
-        node = first = self._node(root)
-        while not node.leaf:
-            depth += 1
-            node = self._node(node.children[0][0])
-            _require(depth < _MOST_LEVELS, root)
-        inner: list[int] = []
-        leaves: list[Leaf] = []
-        pending: list[tuple[Leaf, int]] = [(Leaf(root, None, None), depth)]
-        while pending:
-            place, level = pending.pop()
-            if level == 0:
-                leaves.append(place)
-                continue
-            inner.append(place.page_no)
-            _require(len(inner) <= self._page_count, root)
-            node = self._node(place.page_no)
-            _require(not node.leaf and node.by_rowid == first.by_rowid, place.page_no)
-            pending += [(leaf, level - 1) for leaf in reversed(list(_between(node.children, place)))]
-        return Tree(first.by_rowid, tuple(inner), tuple(leaves))
+    def pages_of(self, root: int) -> set[int]:
+        """All pages of a tree but those on which rows go on. Reads the inner pages only: all leaves are equally deep."""
+        level, found = [root], {root}
+        for _ in range(self._depth(root)):
+            level = [child for page_no in level for child in self._inner_node(page_no).children]
+            _require(len(found) + len(level) <= self.page_count, root)
+            found.update(level)
+        return found
 
-    def overflow_of(self, page_no: int) -> Iterator[int]:
-        """The pages on which rows or keys of this b-tree page go on."""
-        for following in self._node(page_no).overflow:
-            for _ in range(self._page_count):
+    def node(self, page_no: int) -> Node | None:
+        """The page as one of a tree; None when it does not begin like one."""
+        page = bytes(self._page(page_no))
+        at = _HEADER_BYTES if page_no == 1 else 0
+        if page[at] not in _KINDS:
+            return None
+        try:
+            return Node.parse(page, at, self._usable)
+        except (IndexError, struct.error):
+            raise TreeDamaged(f"page {page_no} is not a page of a b-tree") from None
+
+    def find(self, root: int, page_no: int, rowid: int) -> Span | None:
+        """The page in the tree of a table, if it is on the way to ``rowid``. Reads the inner pages on that way only."""
+        depth, place = self._depth(root), Span(root)
+        for _ in range(depth):
+            if place.page_no == page_no:
+                return place
+            node = self._inner_node(place.page_no)
+            if not node.by_rowid:
+                return None
+            place = node.spans(place)[bisect_left(node.keys, rowid)]
+        return place if place.page_no == page_no else None
+
+    def _depth(self, root: int) -> int:
+        """How many inner pages are on the way to a leaf."""
+        if root not in self._depths:
+            depth, node = 0, self._known_node(root)
+            while not node.leaf:
+                depth += 1
+                _require(depth < _MOST_LEVELS, root)
+                node = self._known_node(node.children[0])
+            self._depths[root] = depth
+        return self._depths[root]
+
+    def _inner_node(self, page_no: int) -> Node:
+        if page_no not in self._inner:
+            node = self._known_node(page_no)
+            _require(not node.leaf, page_no)
+            self._inner[page_no] = node
+        return self._inner[page_no]
+
+    def _known_node(self, page_no: int) -> Node:
+        node = self.node(page_no)
+        if node is None:
+            raise TreeDamaged(f"page {page_no} is not a page of a b-tree")
+        return node
+
+    def overflow_of(self, node: Node) -> Iterator[int]:
+        """The pages on which rows or keys of a page go on."""
+        for following in node.overflow:
+            for _ in range(self.page_count):
                 if not following:
                     break
                 yield following
@@ -95,7 +121,7 @@ class DatabasePages:
     def free(self) -> Iterator[int]:
         """The pages that are not in use, and those that list them."""
         trunk = self._first_trunk
-        for _ in range(self._page_count):
+        for _ in range(self.page_count):
             if not trunk:
                 return
             yield trunk
@@ -110,57 +136,57 @@ class DatabasePages:
         if self._auto_vacuum:
             lock = lock_page(self._page_size)
             step = self._usable // 5 + 1
-            yield from (page_no + (page_no == lock) for page_no in range(2, self._page_count + 1, step))
+            yield from (page_no + (page_no == lock) for page_no in range(2, self.page_count + 1, step))
 
     def _page(self, page_no: int) -> bytes | memoryview:
-        _require(1 <= page_no <= self._page_count, page_no)
+        _require(1 <= page_no <= self.page_count, page_no)
         return self._read(page_no)
-
-    def _node(self, page_no: int) -> _Node:
-        try:
-            return _Node.parse(bytes(self._page(page_no)), _HEADER_BYTES if page_no == 1 else 0, self._usable)
-        except (IndexError, struct.error):
-            raise TreeDamaged(f"page {page_no} is not a page of a b-tree") from None
 
 
 @dataclass(frozen=True)
-class _Node:
-    """children: page and the highest rowid below it; None for the last, and in an index. overflow: first pages of chains."""
+class Node:
+    """One page of a tree. by_rowid: of a table with rowids, else of an index or of a table without them.
+
+    children: pages; keys: the rowids of a table's page, in an inner one the highest below each child but the last; overflow:
+    the pages on which its rows or keys go on, the first of each.
+    """
 
     leaf: bool
     by_rowid: bool
-    children: tuple[tuple[int, int | None], ...]
+    children: tuple[int, ...]
+    keys: tuple[int, ...]
     overflow: tuple[int, ...]
 
     @classmethod
-    def parse(cls, page: bytes, at: int, usable: int) -> _Node:
-        kind, _, cells, _, _ = struct.unpack_from(">BHHHB", page, at)
-        if kind not in (_INDEX_INTERIOR, _TABLE_INTERIOR, _INDEX_LEAF, _TABLE_LEAF):
-            raise IndexError(kind)
-        leaf = kind in (_INDEX_LEAF, _TABLE_LEAF)
-        by_rowid = kind in (_TABLE_INTERIOR, _TABLE_LEAF)
-        children: list[tuple[int, int | None]] = []
+    def parse(cls, page: bytes, at: int, usable: int) -> Node:
+        """at: where the header of the b-tree page is. Raises IndexError, struct.error."""
+        kind, _, cells = struct.unpack_from(">BHH", page, at)
+        leaf, by_rowid = kind in (_INDEX_LEAF, _TABLE_LEAF), kind in (_TABLE_INTERIOR, _TABLE_LEAF)
+        children: list[int] = []
+        keys: list[int] = []
         overflow: list[int] = []
         for start in struct.unpack_from(f">{cells}H", page, at + (8 if leaf else 12)):
+            place = start
             if not leaf:
-                key = _varint(page, start + 4)[0] if by_rowid else None
-                children.append((_u32(page, start), key))
+                children.append(_u32(page, start))
+                place += 4
+            size = 0
             if kind != _TABLE_INTERIOR:
-                size, place = _varint(page, start if leaf else start + 4)
-                place = _varint(page, place)[1] if by_rowid else place
-                local = _local(size, usable, by_rowid)
-                if local < size:
-                    overflow.append(_u32(page, place + local))
+                size, place = _varint(page, place)
+            if by_rowid:
+                key, place = _varint(page, place)
+                keys.append(key)
+            local = _local(size, usable, by_rowid)
+            if local < size:
+                overflow.append(_u32(page, place + local))
         if not leaf:
-            children.append((_u32(page, at + 8), None))
-        return cls(leaf, by_rowid, tuple(children), tuple(overflow))
+            children.append(_u32(page, at + 8))
+        return cls(leaf, by_rowid, tuple(children), tuple(keys), tuple(overflow))
 
-
-def _between(children: tuple[tuple[int, int | None], ...], parent: Leaf) -> Iterator[Leaf]:
-    low = parent.low
-    for page_no, key in children:
-        yield Leaf(page_no, low, parent.high if key is None else key)
-        low = key
+    def spans(self, place: Span) -> list[Span]:
+        """The children of an inner page of a table, that is at ``place``."""
+        bounds = [place.low, *self.keys, place.high]
+        return [Span(child, low, high) for child, low, high in zip(self.children, bounds, bounds[1:], strict=False)]
 
 
 def _local(size: int, usable: int, by_rowid: bool) -> int:

@@ -18,7 +18,7 @@ import apsw
 import numpy as np
 
 from replicator import chain
-from replicator.btree import DatabasePages, Tree, TreeDamaged
+from replicator.btree import MOST_TOLD_APART, DatabasePages, Node, Span, TreeDamaged
 from replicator.errors import ChainBroken, FormatError, ObjectMissing, UsageError
 from replicator.pagehash import lock_page
 from replicator.past import Past, Value, explained
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 Kind = Literal["added", "removed", "changed"]
 Row = tuple[Value, ...]
 
+_MANY = 1000  # changed pages
+_AT_ONCE = 64  # of them are fetched together
+_BELOW_ALL, _HIGHEST = -(1 << 63) - 1, (1 << 63) - 1  # rowids
 _ROWID_NAMES = ("rowid", "_rowid_", "oid")
 
 
@@ -74,6 +77,7 @@ class Difference:
 
     def close(self) -> None:
         self._connection.close()
+        self._pages[0].share(None)
 
     def __enter__(self) -> Self:
         return self
@@ -123,71 +127,141 @@ class Difference:
 
     def _touched(self, table: str) -> list[_Range] | None:
         """Stretches of rowids outside of which no row differs (for a table without rowids: everything); None if none does."""
-        roots = [schema.roots.get(table) for schema in self._schemas]
-        if None in roots:
+        before, after = (schema.roots.get(table) for schema in self._schemas)
+        if before is None or after is None:
             return [_EVERYTHING]
         if not self._changed:
             return None
         try:
-            before, after = (trees[root] for trees, root in zip(self._trees, roots, strict=True) if root is not None)
-            if self._hidden_changes:
+            if before != after or self._ranges is None:
                 return [_EVERYTHING]
+            if table in self._ranges:
+                return self._ranges[table] or None
+            pages = [image.pages_of(before) for image in self._images]
         except TreeDamaged as error:
             log.warning("the table %s is compared row by row: %s", table, error)
             return [_EVERYTHING]
-        if before.by_rowid and after.by_rowid:
-            return _differing_ranges(before, after, self._changed) or None
-        same = before.page_nos == after.page_nos and not before.page_nos & self._changed
-        return None if same else [_EVERYTHING]
+        return None if pages[0] == pages[1] and not pages[0] & self._changed else [_EVERYTHING]
 
     @cached_property
     def _changed(self) -> set[int]:
-        return _changed_pages(*self._pages)
+        before, after = self._pages
+        changed = _changed_pages(before, after)
+        if before.page_size == after.page_size:
+            before.share(after, changed)
+        return changed
 
     @cached_property
     def _images(self) -> tuple[DatabasePages, DatabasePages]:
-        """Pages that did not change are read once, at the later position."""
         before, after = self._pages
-
-        def read_before(page_no: int) -> memoryview:
-            return before.page(page_no) if page_no in self._changed else after.page(page_no)
-
-        return DatabasePages(read_before, before.page_count), DatabasePages(after.page, after.page_count)
+        return DatabasePages(before.page, before.page_count), DatabasePages(after.page, after.page_count)
 
     @cached_property
-    def _trees(self) -> tuple[_Trees, _Trees]:
-        return _Trees(self._images[0]), _Trees(self._images[1])
+    def _ranges(self) -> dict[str, list[_Range]] | None:
+        """For each table with rowids that is in one place at both positions, the rowids below pages that changed.
 
-    @cached_property
-    def _hidden_changes(self) -> bool:
+        None when that is not known, or is not enough: then everything is to be compared.
+        """
+        if len(self._changed) > max(_MANY, self._pages[1].page_count // 4):
+            return None  # to find out where they belong costs more than it saves
+        try:
+            return None if self._may_hide_changes() else self._ranges_of_changes()
+        except TreeDamaged as error:
+            log.warning("the tables are compared row by row: %s", error)
+            return None
+
+    def _ranges_of_changes(self) -> dict[str, list[_Range]]:
+        before, after = (schema.roots for schema in self._schemas)
+        names = [name for name in before if before[name] == after.get(name)]
+        same = {before[name]: name for name in names if self._has_rowids(before[name])}
+        sides = [
+            _Locator(image, list(same), {*schema.roots.values()})
+            for image, schema in zip(self._images, self._schemas, strict=True)
+        ]
+        found: dict[str, list[Span]] = {name: [] for name in same.values()}
+        for page_no in self._each_changed():
+            for root, span in _differing(*(side.locate(page_no) for side in sides)):
+                found[same[root]].append(span)
+        return {name: _merged_ranges(spans) for name, spans in found.items()}
+
+    def _has_rowids(self, root: int) -> bool:
+        nodes = [image.node(root) for image in self._images]
+        return all(node is not None and node.by_rowid for node in nodes)
+
+    def _each_changed(self) -> Iterator[int]:
+        """Ascending; they are fetched some at a time."""
+        ordered = sorted(self._changed)
+        for start in range(0, len(ordered), _AT_ONCE):
+            some = ordered[start : start + _AT_ONCE]
+            for pages in self._pages:
+                pages.prefetch(some)
+            yield from some
+
+    def _may_hide_changes(self) -> bool:
         """Whether a page changed on which a row may go on whose own page did not: then any table may have changed.
 
         SQLite writes into such a page alone when a value changes and its size does not.
         """
-        image, trees = self._images[1], self._trees[1]
-        count = self._pages[1].page_count
-        left = {page_no for page_no in self._changed if page_no <= count} - {lock_page(self._pages[1].page_size)}
-        left.difference_update(image.free(), image.pointer_maps())
-        for root in [1, *self._schemas[1].all_roots]:
-            if not left:
-                break
-            nodes = trees[root].page_nos
-            for page_no in nodes & self._changed:
-                left.difference_update(image.overflow_of(page_no))
-            left -= nodes
-        return bool(left)
+        image, pages = self._images[1], self._pages[1]
+        left = {page_no for page_no in self._changed if page_no <= pages.page_count}
+        left.difference_update(image.free(), image.pointer_maps(), [lock_page(pages.page_size)])
+        if left and pages.page_count > MOST_TOLD_APART:
+            return True
+        nodes: set[int] = set()
+        for page_no in self._each_changed():
+            node = image.node(page_no) if page_no in left else None
+            if node is not None:
+                nodes.add(page_no)
+                left.difference_update(image.overflow_of(node))
+        return bool(left - nodes)
 
 
-class _Trees(dict[int, Tree]):
-    """By root; read at first use."""
+_Place = tuple[int, Span, Node]
 
-    def __init__(self, image: DatabasePages) -> None:
-        super().__init__()
+
+class _Locator:
+    """Finds to which of some tables a page belongs, in one image."""
+
+    def __init__(self, image: DatabasePages, roots: list[int], every_root: set[int]) -> None:
+        """roots: of the tables that matter; every_root: of all tables."""
         self._image = image
+        self._roots = roots  # the one that was found last comes first
+        self._every_root = every_root
+        self._free = {*image.free()}
 
-    def __missing__(self, root: int) -> Tree:
-        self[root] = self._image.tree(root)
-        return self[root]
+    def locate(self, page_no: int) -> _Place | None:
+        """Root, place and content; None when it is a page of none of them."""
+        if page_no > self._image.page_count or page_no in self._free:
+            return None
+        node = self._image.node(page_no)
+        if node is None or not node.by_rowid:
+            return None
+        if page_no in self._every_root:
+            return (page_no, Span(page_no), node) if page_no in self._roots else None
+        if page_no == 1:
+            return None  # the schema
+        if not node.keys:
+            raise TreeDamaged(f"page {page_no} of a table is empty")
+        for root in self._roots:
+            span = self._image.find(root, page_no, node.keys[0])
+            if span is not None:
+                self._roots.remove(root)
+                self._roots.insert(0, root)
+                return root, span, node
+        return None
+
+
+def _differing(before: _Place | None, after: _Place | None) -> Iterator[tuple[int, Span]]:
+    """Below which places of which tables rows may differ because of one changed page, as far as pages above it do not say so.
+
+    Of an inner page that is in the same place at both positions, that is only where its children are not the same.
+    """
+    if before is not None and after is not None and before[:2] == after[:2]:
+        root, span, node = before
+        if not node.leaf and not after[2].leaf:
+            yield from ((root, child) for child in {*node.spans(span)} ^ {*after[2].spans(span)})
+            return
+    yield from ((place[0], place[1]) for place in (before, after) if place is not None)
 
 
 def _changed_pages(before: PastPages, after: PastPages) -> set[int]:
@@ -233,23 +307,17 @@ def _check_way(readers: Sequence[SegmentReader], start: RestorePlan, end: Restor
         raise ChainBroken(f"the segments from {start.position} do not lead to the state at {end.position}")
 
 
-_Range = tuple[int | None, int | None]
-_EVERYTHING: _Range = (None, None)
+_Range = tuple[int, int]
+_EVERYTHING: _Range = (_BELOW_ALL, _HIGHEST)
 
 
-def _differing_ranges(before: Tree, after: Tree, changed: set[int]) -> list[_Range]:
-    """Rowids above the first and up to the second, ascending: those of leaves that changed, or that one tree does not have."""
-    own, others = ({leaf.page_no for leaf in tree.leaves} for tree in (before, after))
-    common = (own & others) - changed
-    lowest, highest = -(1 << 63) - 1, (1 << 63) - 1
+def _merged_ranges(spans: Iterable[Span]) -> list[_Range]:
+    """Rowids above the first and up to the second, ascending."""
     found = sorted(
-        (lowest if leaf.low is None else leaf.low, highest if leaf.high is None else leaf.high)
-        for tree in (before, after)
-        for leaf in tree.leaves
-        if leaf.page_no not in common
+        (_BELOW_ALL if span.low is None else span.low, _HIGHEST if span.high is None else span.high) for span in spans
     )
     merged: list[_Range] = []
-    end = lowest - 1
+    end = _BELOW_ALL - 1
     for low, high in found:
         if low > end:
             merged.append((low, high))
@@ -278,7 +346,7 @@ class _Table:
 
 
 class _Schema:
-    """sql: by kind and name. roots: root pages of the tables that have one. all_roots: of tables, then of indexes."""
+    """sql: by kind and name. roots: root pages of the tables that have one."""
 
     def __init__(self, connection: apsw.Connection, database: str) -> None:
         self._connection = connection
@@ -288,8 +356,6 @@ class _Schema:
         rows = cast("list[tuple[str, str, int, str | None]]", found)
         self.sql: dict[tuple[str, str], str | None] = {(kind, name): sql for kind, name, _, sql in rows}
         self.roots: dict[str, int] = {name: root for kind, name, root, _ in rows if kind == "table" and root}
-        indexes = [root for kind, _, root, _ in rows if kind == "index" and root]
-        self.all_roots: list[int] = [*self.roots.values(), *indexes]
 
     def table(self, name: str) -> _Table | None:
         if name not in self.roots:
@@ -364,12 +430,10 @@ def _numbered(connection: apsw.Connection, table: _Table, within: _Range = _EVER
     """By rowid, where there is one."""
     rowid = table.rowid
     low, high = within
-    where = f" WHERE {rowid} > ? AND {rowid} <= ?" if low is not None and high is not None else ""
-    if low is not None and low < -(1 << 63):
-        where, low = f" WHERE {rowid} >= ? AND {rowid} <= ?", -(1 << 63)
+    where = f" WHERE {rowid} BETWEEN ? AND ?" if rowid and within != _EVERYTHING else ""
     order = f" ORDER BY {rowid}" if rowid else ""
     sql = f"SELECT {rowid or 'NULL'}, {_list(table.columns)} FROM {table.place}{where}{order}"
-    for number, *row in connection.execute(sql, (low, high) if where else ()):
+    for number, *row in connection.execute(sql, (low + 1, high) if where else ()):
         yield number, tuple(row)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,6 +83,8 @@ class PastPages:
         self._replanning = threading.Lock()
         self._pool = ThreadPoolExecutor(options.parallelism, "past")
         self._closed = False
+        self._twin: PastPages | None = None
+        self._not_shared: Set[int] = frozenset()
         try:
             self._segments = with_fallback(self.replica, options, self._open, self._unusable)
         except BaseException:
@@ -106,16 +108,10 @@ class PastPages:
 
     def page(self, page_no: int) -> memoryview:
         """One page of 1 to page_count, page_size bytes. Raises FormatError, ChainBroken, StoreError, UsageError."""
-        if page_no == lock_page(self.page_size):
-            return memoryview(bytes(self.page_size))
-        while True:
-            if self._closed:
-                raise UsageError(f"{self.plan.position} was closed and is read no more; open it again")
-            segments = self._segments
-            try:
-                return segments.page(page_no)
-            except Unusable as failed:
-                self._go_around(segments, failed)
+        twin = self._twin
+        if twin is not None and page_no <= twin.page_count and page_no not in self._not_shared:
+            return twin._own_page(page_no)
+        return self._own_page(page_no)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the database file; fewer at its end. Raises what ``page`` raises."""
@@ -127,6 +123,17 @@ class PastPages:
             parts.append(self.page(page_no)[start : start + end - offset])
             offset += len(parts[-1])
         return b"".join(parts)
+
+    def share(self, twin: PastPages | None, except_for: Set[int] = frozenset()) -> None:
+        """Take all pages but these from another position at which they are the same, to fetch and keep them once; None ends it."""
+        self._not_shared, self._twin = except_for, twin
+
+    def prefetch(self, page_nos: Iterable[int]) -> None:
+        """Begin to fetch pages that are asked for soon, several at once; no more than the cache holds."""
+        try:
+            self._segments.prefetch(n for n in page_nos if n <= self.page_count and n != lock_page(self.page_size))
+        except Unusable:
+            return  # whoever asks for the page finds out
 
     def open_segments(self, refs: Iterable[SegmentRef]) -> list[SegmentReader]:
         """Readers of segments of this replica, in the order given; those of the plan are open already.
@@ -152,6 +159,18 @@ class PastPages:
         """Pages are not given any more; what is under way ends first."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _own_page(self, page_no: int) -> memoryview:
+        if page_no == lock_page(self.page_size):
+            return memoryview(bytes(self.page_size))
+        while True:
+            if self._closed:
+                raise UsageError(f"{self.plan.position} was closed and is read no more; open it again")
+            segments = self._segments
+            try:
+                return segments.page(page_no)
+            except Unusable as failed:
+                self._go_around(segments, failed)
 
     def _open(self, plan: RestorePlan) -> _Segments:
         newest_first = plan.segments[::-1]
@@ -339,6 +358,13 @@ class _Segments:
             for future in futures:
                 if not future.done():
                     future.set_exception(error)
+
+    def prefetch(self, page_nos: Iterable[int]) -> None:
+        for page_no in page_nos:
+            segment, group = self._place(page_no)
+            with self._lock:
+                if (segment, group.number) not in self._groups:
+                    self._start(segment, [group])
 
     # -- what is fetched before it is asked for ------------------------------------------------------------------------
 

@@ -303,12 +303,13 @@ def test_trees_and_overflow_chains_have_the_pages_that_sqlite_says(tmp_path: Pat
     image = DatabasePages(lambda n: pages[(n - 1) * page_size : n * page_size], count)
     seen = {*image.free(), *image.pointer_maps()}
     for name, root in [("sqlite_schema", 1), *connection.execute("SELECT name, rootpage FROM sqlite_schema")]:
-        tree = image.tree(root)
-        overflow = {n for page_no in tree.page_nos for n in image.overflow_of(page_no)}
+        own = image.pages_of(root)
+        nodes = [node for node in map(image.node, own) if node is not None]
+        overflow = {n for node in nodes for n in image.overflow_of(node)}
         said = connection.execute("SELECT pagetype = 'overflow', pageno FROM dbstat WHERE name = ?", (name,)).fetchall()
-        assert tree.page_nos == {n for is_overflow, n in said if not is_overflow}
+        assert own == {n for is_overflow, n in said if not is_overflow}
         assert overflow == {n for is_overflow, n in said if is_overflow}
-        seen |= tree.page_nos | overflow
+        seen |= own | overflow
     connection.close()
     assert seen == set(range(1, count + 1))
 
