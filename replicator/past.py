@@ -24,6 +24,7 @@ from replicator.values import Position
 _VFS_NAME = "replicator-past"
 _VERSION_FIELDS = (18, 19)  # of the database header: 2 means that the file may have a WAL beside it, 1 that it has none
 _WAL, _NO_WAL = 2, 1
+_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
 Value = None | int | float | str | bytes
 """What SQLite keeps in a column."""
@@ -74,6 +75,7 @@ class Past:
         """
         connection = apsw.Connection(self.uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
         connection.execute("PRAGMA temp_store = memory")
+        connection.set_progress_handler(_go_on, _STEPS)
         connection.authorizer = _allowed
         return connection
 
@@ -140,6 +142,11 @@ def explained() -> Iterator[None]:
         raise QueryFailed(
             "a text in the result is not valid UTF-8; select CAST(column AS BLOB) to see its bytes"
         ) from error
+
+
+def _go_on() -> bool:
+    """Called by SQLite in the midst of long work, so that Python gets to raise KeyboardInterrupt."""
+    return False
 
 
 def _allowed(operation: int, name: str | None, value: str | None, *_: str | None) -> int:

@@ -311,12 +311,7 @@ class _Segments:
                 self._start(segment, [group])
             future, _ = self._groups[key]
             self._read_ahead(segment, group.number)
-        try:
-            return future.result()
-        except BaseException:
-            with self._lock:
-                self._forget(key, future)
-            raise
+        return future.result()
 
     def _start(self, segment: int, groups: Sequence[Group]) -> None:
         """Fetch neighbouring groups by one request. The oldest make room; who waits for one of those still gets it."""
@@ -355,8 +350,10 @@ class _Segments:
                     decoded = reader.decode_group(group, data[at : at + group.length])
                     future.set_result({n: page for (n, page), own in zip(decoded, mine.tolist(), strict=True) if own})
         except Exception as error:
-            for future in futures:
+            for group, future in zip(groups, futures, strict=True):
                 if not future.done():
+                    with self._lock:
+                        self._forget((segment, group.number), future)  # who asks later asks the store again
                     future.set_exception(error)
 
     def prefetch(self, page_nos: Iterable[int]) -> None:
