@@ -653,3 +653,6 @@ def _report_words(report: RestoreReport, target: Path) -> str:
         f"restored {target} to {report.position}, last commit {format_time(report.reached_ms)}: "
         f"{_size(report.size_bytes)} from {report.segments} segments in {report.took_s:.1f} s"
     )
+
+
+from replicator import cli_past as cli_past  # noqa: E402  (it registers its commands, and needs the names above)

@@ -104,6 +104,14 @@ class IntegrityCheckFailed(RestoreError):
     """The database was replicated and restored page for page, but SQLite finds it damaged: it was so at its source."""
 
 
+class QueryFailed(ReplicatorError):
+    """SQLite cannot do what a statement on an image of the past asks for."""
+
+
+class PastIsReadOnly(QueryFailed):
+    """A statement would write to an image of the past, or to a file."""
+
+
 # -- live databases ----------------------------------------------------------------------------------------------------
 
 

@@ -117,8 +117,8 @@ class RestoreReport:
 
 def plan_restore(store: ObjectStore, options: RestoreOptions) -> RestorePlan:
     """What ``restore`` would do now. Raises NothingToRestore, ChainBroken, SegmentDamaged, StoreError, UsageError."""
-    _check_options(options)
-    return _with_fallback(Replica(store), options, lambda plan: plan)
+    check_options(options)
+    return with_fallback(Replica(store), options, lambda plan: plan)
 
 
 def restore(
@@ -136,7 +136,7 @@ def restore(
     Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
     """
     started = time.monotonic()
-    _check_options(options)
+    check_options(options)
     _check_target(target)
     _mention_leftovers(target)
     replica = Replica(store)
@@ -144,14 +144,14 @@ def restore(
     def attempt(plan: RestorePlan) -> RestoreReport:
         return _write_new_file(replica, plan, target, options, started, on_progress or (lambda done, total: None))
 
-    return _with_fallback(replica, options, attempt)
+    return with_fallback(replica, options, attempt)
 
 
 # -- which segments ----------------------------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """A segment cannot be used; another plan may do without it."""
+class Unusable(Exception):
+    """A segment cannot be used; another plan may do without it. Raised in ``blaming``, handled by ``with_fallback``."""
 
     def __init__(self, ref: SegmentRef, error: ReplicatorError) -> None:
         super().__init__(str(error))
@@ -160,36 +160,43 @@ class _Unusable(Exception):
 
 
 @contextmanager
-def _blaming(ref: SegmentRef) -> Iterator[None]:
+def blaming(ref: SegmentRef) -> Iterator[None]:
+    """What goes wrong inside is a fault of this segment."""
     try:
         yield
     except (FormatError, ObjectMissing, ChainBroken) as error:
-        raise _Unusable(ref, error) from error
+        raise Unusable(ref, error) from error
 
 
-def _with_fallback(replica: Replica, options: RestoreOptions, act: Callable[[RestorePlan], _T]) -> _T:
+def with_fallback(
+    replica: Replica,
+    options: RestoreOptions,
+    act: Callable[[RestorePlan], _T],
+    unusable: dict[str, ReplicatorError] | None = None,
+) -> _T:
     """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
 
     The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (retention does that) is reason to list again, once.
+    was listed and is gone (retention does that) is reason to list again, once. unusable: keys of segments that are
+    not to be used and why; those that are found are added.
     """
-    unusable: dict[str, ReplicatorError] = {}
+    unusable = {} if unusable is None else unusable
     listed_again = False
     while True:
         try:
             return act(_resolve(replica, options, unusable))
-        except _Unusable as failed:
+        except Unusable as failed:
             if isinstance(failed.error, ObjectMissing):
                 if listed_again:
                     raise failed.error from None
                 listed_again = True
             unusable[failed.ref.key] = failed.error
-            log.warning("the restore looks for a way around a segment: %s", failed.error)
+            log.warning("looking for a way around a segment: %s", failed.error)
         except ObjectMissing as error:
             if listed_again:
                 raise
             listed_again = True
-            log.warning("the replica changed during the restore, it is listed again: %s", error)
+            log.warning("the replica changed meanwhile, it is listed again: %s", error)
         except (ChainBroken, NothingToRestore) as broken:
             if not unusable:
                 raise
@@ -202,7 +209,7 @@ def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, Repl
     target = _target(replica, timelines, segments, options)
     found = chain.plan(timelines, [ref for ref in segments if ref.key not in unusable], target)
     last = found.segments[-1]
-    with _blaming(last):
+    with blaming(last):
         header = replica.header(last)
         record = timelines.get(last.timeline)
         if record is not None and record.database != header.database:
@@ -236,7 +243,7 @@ def _target(
     return newest
 
 
-def _check_options(options: RestoreOptions) -> None:
+def check_options(options: RestoreOptions) -> None:
     if sum(wish is not None for wish in (options.position, options.txid, options.at_ms)) > 1:
         raise UsageError("a restore has one target; give a position, a txid or a time, not several of them")
     if options.position is not None and options.timeline is not None:
@@ -451,13 +458,13 @@ class _Assembly:
         self._counter_lock = threading.Lock()
 
     def run(self) -> None:
-        """Raises _Unusable, StoreError, OSError; then nothing of it still runs."""
+        """Raises Unusable, StoreError, OSError; then nothing of it still runs."""
         pool = ThreadPoolExecutor(self._parallelism, "restore")
         try:
             newer: SegmentReader | None = None
             for opened in self._opened(pool):
-                with _blaming(opened.ref):
-                    _check_link(opened.reader, newer)
+                with blaming(opened.ref):
+                    check_link(opened.reader, newer)
                 newer = opened.reader
                 self._limit = min(self._limit, newer.header.page_count)
                 self._start(pool, opened)
@@ -476,7 +483,7 @@ class _Assembly:
             yield opening.popleft().result()
 
     def _open(self, ref: SegmentRef) -> _Opened:
-        with _blaming(ref):
+        with blaming(ref):
             size_bytes = ref.size_bytes or self._store.head(ref.key).size_bytes
             if size_bytes > _WHOLE_BYTES:
                 read_at = partial(self._get, ref)
@@ -522,7 +529,7 @@ class _Assembly:
         return pages, len(pages) == len(page_nos)
 
     def _apply(self, fetch: _Fetch) -> int:
-        with _blaming(fetch.opened.ref):
+        with blaming(fetch.opened.ref):
             start = fetch.parts[0][0].offset
             data = memoryview(fetch.opened.read_at(start, fetch.length))
             for group, wanted in fetch.parts:
@@ -551,7 +558,7 @@ class _Assembly:
         self._on_progress(self._done_bytes, self._plan.download_bytes)
 
 
-def _check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
+def check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
     """Raises ChainBroken unless the newer segment follows from this one. Source: docs/format.md, section 4."""
     if newer is None:
         return

@@ -182,8 +182,9 @@ def read_header(data: bytes) -> SegmentHeader:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Pages that are compressed together. offset, length: of its bytes in the segment; page_nos: ascending, uint32."""
+    """Pages that are compressed together. number: from 0. offset, length: of its bytes in the segment; page_nos: ascending."""
 
+    number: int
     offset: int
     length: int
     checksum: int
@@ -294,10 +295,10 @@ class SegmentReader:
         self._header: SegmentHeader | None = None
         self._tail_offset, self._tail = size, b""
         start = max(0, size - max(tail, TRAILER_SIZE))
-        self._tail = self._read(start, size - start)
+        self._tail = self.read(start, size - start)
         self._tail_offset = start
-        self._trailer = _Trailer.decode(self._read(size - TRAILER_SIZE, TRAILER_SIZE), size, name)
-        index = self._read(self._trailer.index_offset, self._trailer.index_length)
+        self._trailer = _Trailer.decode(self.read(size - TRAILER_SIZE, TRAILER_SIZE), size, name)
+        index = self.read(self._trailer.index_offset, self._trailer.index_length)
         self._index = _Index(index, self._trailer, name)
         self.groups: Sequence[Group] = _Groups(self._index)
 
@@ -310,7 +311,7 @@ class SegmentReader:
     def header(self) -> SegmentHeader:
         """Read at first use, unless it was in the tail."""
         if self._header is None:
-            data = self._read(0, HEADER_SIZE)
+            data = self.read(0, HEADER_SIZE)
             header = SegmentHeader.decode(data, self.name)
             t = self._trailer
             repeated = (t.page_size, t.page_count, t.pages_before, t.flags, t.header_checksum)
@@ -329,6 +330,11 @@ class SegmentReader:
         """How many pages the segment holds."""
         return self._trailer.pages
 
+    @property
+    def page_nos(self) -> NDArray[np.uint32]:
+        """The numbers of all pages that the segment holds, ascending."""
+        return self._index.page_nos(0, self._trailer.pages)
+
     def pages(self) -> Iterator[tuple[int, memoryview]]:
         """All pages, ascending: (page_no, content). Reads and checks group by group."""
         for group in self.groups:
@@ -336,7 +342,7 @@ class SegmentReader:
 
     def group_pages(self, group: Group) -> list[tuple[int, memoryview]]:
         """The pages of one group, in one read."""
-        return self.decode_group(group, self._read(group.offset, group.length))
+        return self.decode_group(group, self.read(group.offset, group.length))
 
     def decode_group(self, group: Group, data: bytes | memoryview) -> list[tuple[int, memoryview]]:
         """The pages of one group out of its bytes, for a caller that fetches several groups with one request."""
@@ -374,8 +380,8 @@ class SegmentReader:
         same = not header.snapshot or state == header.state_after
         _require(same, self.name, "its pages do not have the state checksum that it claims")
 
-    def _read(self, offset: int, length: int) -> bytes:
-        """Offset and length lie in the segment, which the trailer's checks made sure of."""
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes as they are stored, such as those of several groups. Offset and length must lie in the segment."""
         if offset >= self._tail_offset:
             begin = offset - self._tail_offset
             return self._tail[begin : begin + length]
@@ -520,6 +526,7 @@ class _Groups(Sequence[Group]):
         number = range(len(self))[i]
         index, per_group = self._index, self._index.trailer.pages_per_group
         return Group(
+            number=number,
             offset=int(index.offsets[number]),
             length=int(index.lengths[number]),
             checksum=int(index.checksums[number]),

@@ -15,9 +15,15 @@ ONLY_IN = {
     "botocore": {"replicator/store/s3.py"},
     "docker": {"minipaas/engine/docker_api.py"},
     "watchdog": {"replicator/watch.py"},
-    "apsw": {"replicator/database.py", "replicator/restore.py", "minipaas/state.py"},
+    "apsw": {
+        "replicator/database.py",
+        "replicator/restore.py",
+        "replicator/past.py",
+        "replicator/diff.py",
+        "minipaas/state.py",
+    },
     "pyrage": {"minipaas/sealing.py"},
-    "click": {"replicator/cli.py", "minipaas/cli/"},
+    "click": {"replicator/cli.py", "replicator/cli_past.py", "minipaas/cli/"},
     "rich": {"replicator/cli.py", "minipaas/cli/"},
     "waitress": {"minipaas/web/door.py"},
     "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
@@ -29,12 +35,19 @@ PURE = {
     "replicator/pagehash.py",
     "replicator/layout.py",
     "replicator/chain.py",
+    "replicator/btree.py",
     "minipaas/model.py",
     "minipaas/plan.py",
     "minipaas/manifest.py",
 }
 IMPURE = {"os", "socket", "subprocess", "time", "threading", "logging", "random", "shutil", "requests", "urllib"}
-ENTRY_POINTS = {"replicator/cli.py", "replicator/__main__.py", "minipaas/cli/", "minipaas/__main__.py"}
+ENTRY_POINTS = {
+    "replicator/cli.py",
+    "replicator/cli_past.py",
+    "replicator/__main__.py",
+    "minipaas/cli/",
+    "minipaas/__main__.py",
+}
 
 
 def sources() -> list[str]:
