@@ -27,6 +27,7 @@ PURE = {
     "replicator/segment.py",
     "replicator/pagehash.py",
     "replicator/layout.py",
+    "replicator/litestream/chain.py",
     "replicator/ltx.py",
     "replicator/chain.py",
     "minipaas/model.py",
