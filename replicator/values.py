@@ -63,6 +63,12 @@ def format_time(ms: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
 
 
+def format_size(size_bytes: int) -> str:
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"
+
+
 def parse_duration(text: str) -> float:
     """Seconds of a duration such as ``500ms``, ``1h30m``, ``7d``. Raises UsageError."""
     stripped = text.strip()

@@ -16,17 +16,17 @@ from replicator.store import ObjectStore
 from replicator.values import format_time
 
 LEVELS = range(10)
-_FOLDERS = ("ltx/", *(f"{level:04x}/" for level in LEVELS))
+_PREFIXES = ("ltx/", "000")
 
 
 def is_at(store: ObjectStore) -> bool:
     """Whether there is a replica of Litestream 0.5. A few small requests."""
-    return any(next(_refs(store, folder), None) is not None for folder in _FOLDERS)
+    return any(next(_refs(store, prefix), None) is not None for prefix in _PREFIXES)
 
 
 def list_files(store: ObjectStore) -> list[LtxRef]:
     """All files, in both layouts. Raises FormatError when two replicas are at one place."""
-    found = [ref for folder in _FOLDERS for ref in _refs(store, folder)]
+    found = [ref for prefix in _PREFIXES for ref in _refs(store, prefix)]
     if len({ref.key.startswith("ltx/") for ref in found}) > 1:
         raise FormatError(
             f"{store.url} holds two replicas of Litestream, one below ltx/ and one below 0000/; move one of them away"
@@ -75,6 +75,6 @@ def txid_at(store: ObjectStore, refs: Sequence[LtxRef], at_ms: int) -> int:
     raise NothingToRestore(f"the replica holds nothing at or before {format_time(at_ms)}; its first moment is {first}")
 
 
-def _refs(store: ObjectStore, folder: str) -> Iterator[LtxRef]:
-    listed = (LtxRef.from_key(info.key, info.size_bytes) for info in store.list(folder))
+def _refs(store: ObjectStore, prefix: str) -> Iterator[LtxRef]:
+    listed = (LtxRef.from_key(info.key, info.size_bytes) for info in store.list(prefix))
     return (ref for ref in listed if ref is not None)

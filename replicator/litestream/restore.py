@@ -112,6 +112,17 @@ def restore(
     return _with_fallback(store, options, attempt)
 
 
+def moment(store: ObjectStore, at_ms: int | None = None) -> int | None:
+    """The last moment that the replica knows of, at or before ``at_ms``; None when it holds nothing. Plans nothing."""
+    files, old = ltx_replica.list_files(store), generations.list_objects(store)
+    moments = [ref.time_ms for ref in old if at_ms is None or ref.time_ms <= at_ms]
+    try:
+        moments.append(ltx_replica.time_of(store, files, _target(store, files, at_ms)))
+    except NothingToRestore:
+        pass
+    return max(moments, default=None)
+
+
 # -- which objects -----------------------------------------------------------------------------------------------------
 
 
