@@ -517,12 +517,14 @@ def history(source: str, config_file: Path | None, no_expand_env: bool, as_json:
     """
     from replicator import history as replica_history
     from replicator.litestream import history as litestream_history
+    from replicator.litestream.choice import is_native_at
 
     store, _ = _replica_of(source, _find_config(config_file, no_expand_env, required="://" not in source))
     others = litestream_history.read(store)
-    with _explained(store, nothing_is_fine=bool(others)) as found:
-        timelines = replica_history.read(store)
-    timelines = timelines if found else []
+    timelines: list[dict[str, Any]] = []
+    if not others or is_native_at(store):
+        with _explained(store, nothing_is_fine=False):
+            timelines = replica_history.read(store)
     document = {"url": store.url, "timelines": timelines} | ({"litestream": others} if others else {})
     _report(document, as_json, "\n".join([*litestream_history.lines(others), *replica_history.tree(timelines)]))
 

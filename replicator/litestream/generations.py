@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import lz4.frame
 
-from replicator.errors import ChainBroken, LtxDamaged, NothingToRestore
+from replicator.errors import ChainBroken, LtxDamaged, NothingToRestore, UsageError
 from replicator.store import ObjectStore
 from replicator.values import format_time
 
@@ -24,6 +24,7 @@ FOLDER = "generations/"
 _SNAPSHOT_KEY = re.compile(r"generations/([0-9a-f]{16})/snapshots/([0-9a-f]{8})\.snapshot\.lz4")
 _WAL_KEY = re.compile(r"generations/([0-9a-f]{16})/wal/([0-9a-f]{8})_([0-9a-f]{8,16})\.wal\.lz4")
 _PIECE_BYTES = 1 << 20
+_AGE_MAGIC = b"age-encryption.org/"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,16 @@ def plan(objects: Iterable[OldRef], at_ms: int | None = None) -> OldChain:
 
 
 def decompressed(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """What one frame of LZ4 holds, in pieces. Raises LtxDamaged when it is cut off, wrong, or followed by something."""
+    """What one frame of LZ4 holds, in pieces. Raises LtxDamaged when it is cut off, wrong, or followed by something.
+
+    Raises UsageError when it is encrypted.
+    """
     decompressor = lz4.frame.LZ4FrameDecompressor()
     for chunk in chunks:
+        if chunk.startswith(_AGE_MAGIC):
+            raise UsageError(
+                f"{name} is encrypted with age, and cannot be restored here; restore it with Litestream 0.3"
+            )
         data = chunk
         while data or not (decompressor.needs_input or decompressor.eof):
             if decompressor.eof:

@@ -308,6 +308,13 @@ def test_a_0_3_replica_with_a_hole_is_refused(
     assert list(target.folder.iterdir()) == []
 
 
+def test_an_encrypted_0_3_replica_is_refused(old: Path, target: Target) -> None:
+    for path in old.rglob("*.snapshot.lz4"):
+        path.write_bytes(b"age-encryption.org/v1\n-> X25519 x\n")
+    with pytest.raises(UsageError, match="encrypted with age"):
+        target.restore(old)
+
+
 def test_a_0_3_replica_knows_no_transactions(old: Path, target: Target) -> None:
     with pytest.raises(UsageError, match="numbers no transactions"):
         target.restore(old, RestoreOptions(txid=3))
