@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from replicator.errors import (
     ChainBroken,
@@ -230,6 +233,28 @@ def test_the_farthest_file_is_taken() -> None:
 def test_what_is_missing_is_named(found: list[LtxRef], target: int | None, words: str) -> None:
     with pytest.raises((ChainBroken, NothingToRestore), match=words):
         plan(found, target)
+
+
+@given(
+    ranges=st.lists(
+        st.tuples(st.integers(1, 12), st.integers(0, 4)).map(lambda pair: (0, pair[0], sum(pair))), max_size=12
+    ),
+    target=st.integers(1, 16),
+)
+def test_a_chain_is_found_whenever_there_is_one(ranges: list[tuple[int, int, int]], target: int) -> None:
+    found = refs(*ranges)
+    reachable = {ref.last for ref in found if ref.is_snapshot}
+    for _ in found:
+        reachable |= {ref.last for ref in found if any(ref.first - 1 <= at < ref.last for at in reachable)}
+    assert restorable(found) == sorted(reachable)
+    if target not in reachable:
+        with pytest.raises((ChainBroken, NothingToRestore)):
+            plan(found, target)
+        return
+    chain = plan(found, target)
+    assert chain[0].is_snapshot
+    assert chain[-1].last == target
+    assert all(after.first - 1 <= before.last < after.last for before, after in pairwise(chain))
 
 
 @pytest.mark.parametrize("text", ["10", "000000000000000g", "", "0000000000000000"])
