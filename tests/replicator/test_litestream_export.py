@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import boto3
 import pytest
+from moto import mock_aws
 from restore_support import T0_MS, ReplicaBuilder, SourceDatabase
 
 from replicator import cli
@@ -20,6 +22,7 @@ from replicator.litestream.restore import restore
 from replicator.restore import RestoreOptions
 from replicator.store.file import FileStore
 from replicator.store.memory import MemoryStore
+from replicator.store.s3 import S3Access, S3Store
 from replicator.values import Position, format_time
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -192,6 +195,23 @@ def test_segments_that_do_not_follow_are_not_exported(made: Made) -> None:
     made.native.commit(Position(1, 7), made.source.insert(900, 905, 300), state_before=1)
     with pytest.raises(ChainBroken, match="does not follow"):
         made.export()
+
+
+def test_in_a_bucket_files_have_other_names_and_their_time_as_metadata(made: Made) -> None:
+    with mock_aws():
+        client = boto3.client("s3", "us-east-1", aws_access_key_id="k", aws_secret_access_key="s")
+        client.create_bucket(Bucket="bucket")
+        to = S3Store("bucket", "app/", S3Access(region="us-east-1", access_key="k", secret_key="s"))
+        export(made.native.store, to)
+        keys = [item["Key"] for item in client.list_objects_v2(Bucket="bucket")["Contents"]]
+        newest = f"app/0000/{6:016x}-{6:016x}.ltx"
+        assert newest in keys
+        assert f"app/0009/{1:016x}-{4:016x}.ltx" in keys
+        metadata = client.head_object(Bucket="bucket", Key=newest)["Metadata"]
+        assert metadata == {"litestream-timestamp": format_time(T0_MS + 6000)}
+        report = restore(to, made.folder / "restored.db", RestoreOptions(at_ms=T0_MS + 5999))
+        assert report.position == "0000000000000005"
+        assert (made.folder / "restored.db").read_bytes() == made.state(5)
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
