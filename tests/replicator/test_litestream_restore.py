@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from replicator.errors import (
 from replicator.litestream.chain import LtxRef, parse_txid, plan, restorable, txid_text
 from replicator.litestream.replica import list_files, read_header
 from replicator.litestream.restore import LitestreamReport, plan_restore, restore
+from replicator.ltx import LtxHeader, LtxWriter
 from replicator.restore import RestoreOptions
 from replicator.store.file import FileStore
 from replicator.store.memory import MemoryStore
@@ -172,6 +174,21 @@ def test_a_file_under_the_name_of_another_is_refused(modern: Path, target: Targe
     shutil.copy(file_of(modern, 0, 4, 4), file_of(modern, 0, 5, 5))
     with pytest.raises(LtxDamaged, match="it was copied or renamed"):
         target.restore(modern)
+
+
+def test_a_file_that_lacks_a_page_by_which_the_database_grew_is_refused(target: Target, tmp_path: Path) -> None:
+    """Also where the database was as large before, so that there is an older image of the page."""
+    store = FileStore(tmp_path / "replica")
+    for first, last, page_count, page_nos in [(1, 1, 4, [1, 2, 3, 4]), (2, 2, 2, [1]), (3, 3, 4, [1, 4])]:
+        out = io.BytesIO()
+        writer = LtxWriter(out, LtxHeader(512, page_count, first, last, 1_700_000_000_000))
+        for page_no in page_nos:
+            writer.add(page_no, bytes(512))
+        writer.finish()
+        store.put(f"ltx/0/{txid_text(first)}-{txid_text(last)}.ltx", out.getvalue())
+    with pytest.raises(ChainBroken, match="lacks 1 of the pages 3 to 4, by which the database grew; restore up to 0+2"):
+        restore(store, target.path, RestoreOptions())
+    assert list(target.folder.iterdir()) == []
 
 
 def test_a_file_that_exists_is_not_overwritten(modern: Path, target: Target) -> None:
