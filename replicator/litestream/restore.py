@@ -326,7 +326,8 @@ def _apply_files(refs: Sequence[LtxRef], download: _Download, fd: int) -> None:
     """From the oldest to the newest, each over the ones before, so that every file is read to its checksum.
 
     A file has to hold every page by which the database grows in it. Litestream 0.5.11 is known to have lost such pages under a
-    concurrent checkpoint (its pull request 1323); where the database had been larger once, Litestream then restores what the page held before.
+    concurrent checkpoint (its pull request 1323). Where the database had been larger once, Litestream then restores what the page
+    held before.
     """
     page_size, page_count = 0, 0
     for ref in refs:
