@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +23,7 @@ import click
 
 from replicator import __version__
 from replicator.errors import ConfigError, DaemonNotRunning, NothingToRestore, ReplicatorError, UsageError
-from replicator.values import Position, format_time, parse_duration, parse_time, printable
+from replicator.values import Position, format_size, format_time, parse_duration, parse_time, printable
 
 if TYPE_CHECKING:
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
@@ -93,9 +95,16 @@ def _parse_txid(text: str) -> Position | int:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else Position.parse(text)
 
 
+def _check_txid(text: str) -> str:
+    """The text as it is: 16 digits mean another number in a replica of Litestream's."""
+    if not re.fullmatch("[0-9a-fA-F]{16}", text):
+        _parse_txid(text)
+    return text
+
+
 DURATION = _parsed(parse_duration)
 MOMENT = _parsed(lambda text: parse_time(text, time.time_ns() // 1_000_000))
-TXID = _parsed(_parse_txid)
+TXID = _parsed(_check_txid)
 FILE = click.Path(path_type=Path)
 
 
@@ -120,6 +129,15 @@ def _socket_option(command: _Command) -> _Command:
 
 def _json_option(command: _Command) -> _Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def _format_option(command: _Command) -> _Command:
+    return click.option(
+        "--format",
+        "kind",
+        type=click.Choice(["native", "litestream"]),
+        help="Whose replica, when ours and Litestream's are both there. Default: that which reaches the later moment.",
+    )(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -208,7 +226,10 @@ def _config_of(database: Path, url: str | None) -> Config:
     "--timestamp", callback=MOMENT, metavar="T", help="As it was at T: 2026-11-24T03:12:00Z, or an age such as 5m."
 )
 @click.option(
-    "--txid", callback=TXID, metavar="N", help="As it was at a transaction, a number or TIMELINE:NUMBER; see `history`."
+    "--txid",
+    callback=TXID,
+    metavar="N",
+    help="As it was at a transaction: a number or TIMELINE:NUMBER, of Litestream's 16 hex digits; see `history`.",
 )
 @click.option("--timeline", type=int, metavar="N", help="Of this timeline instead of the newest; see `history`.")
 @click.option("--if-db-not-exists", is_flag=True, help="Do nothing, and succeed, when there is a file at the output.")
@@ -221,6 +242,7 @@ def _config_of(database: Path, url: str | None) -> Config:
     help="SQLite's own check of the result. Checksums of every page are verified in any case.",
 )
 @click.option("--parallelism", type=click.IntRange(1, 64), default=8, show_default=True, help="Downloads at once.")
+@_format_option
 @click.option("--dry-run", is_flag=True, help="Say what would be restored; write nothing.")
 @_json_option
 def restore(
@@ -229,25 +251,25 @@ def restore(
     no_expand_env: bool,
     output: Path | None,
     timestamp: int | None,
-    txid: Position | int | None,
+    txid: str | None,
     timeline: int | None,
     if_db_not_exists: bool,
     if_replica_exists: bool,
     integrity_check: str,
     parallelism: int,
+    kind: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a database file of a replica.
+    """Make a database file of a replica, one of ours or one that Litestream (0.3 or 0.5) made.
 
     The replica is given by its URL, or by the path of a database in the configuration. A file that exists is never
     overwritten; what is restored has been verified to the last page, or there is an error and no file.
     """
+    from replicator.litestream import command as litestream
     from replicator.restore import RestoreOptions, plan_restore
 
     options = RestoreOptions(
-        position=txid if isinstance(txid, Position) else None,
-        txid=txid if isinstance(txid, int) else None,
         timeline=timeline,
         at_ms=timestamp,
         parallelism=parallelism,
@@ -261,6 +283,11 @@ def restore(
     if if_db_not_exists and target.exists():
         return _report({"restored": False, "reason": f"{target} exists"}, as_json, f"{target} exists; nothing to do")
     with _explained(store, if_replica_exists) as found:
+        if litestream.is_meant(store, kind, options, txid, lambda what: click.echo(f"replicator: {what}", err=True)):
+            progress = None if dry_run else partial(_progress_bar, str(target))
+            document, words = litestream.run_restore(store, target, options, txid, progress)
+            return _report(document, as_json, *words.splitlines())
+        options = _at(options, txid)
         if dry_run:
             plan = plan_restore(store, options)
             _mention_moment(timestamp, plan.reached_ms)
@@ -282,6 +309,14 @@ def _mention_moment(wanted_ms: int | None, reached_ms: int) -> None:
         _note(
             f"--timestamp {format_time(wanted_ms)} is in the future; what was reached is {format_time(reached_ms)}, the newest"
         )
+
+
+def _at(options: RestoreOptions, txid: str | None) -> RestoreOptions:
+    """The options with a transaction of our own."""
+    wish = None if txid is None else _parse_txid(txid)
+    if isinstance(wish, Position):
+        return dataclasses.replace(options, position=wish)
+    return dataclasses.replace(options, txid=wish)
 
 
 def _restore(store: ObjectStore, target: Path, options: RestoreOptions) -> RestoreReport:
@@ -320,6 +355,7 @@ def _explained(store: ObjectStore, nothing_is_fine: bool) -> Iterator[list[bool]
         yield found
     except NothingToRestore as error:
         from replicator import catalogue
+        from replicator.litestream.choice import is_litestream_at
         from replicator.replica import Replica
 
         names = list(catalogue.entries(store))
@@ -328,7 +364,7 @@ def _explained(store: ObjectStore, nothing_is_fine: bool) -> Iterator[list[bool]
             raise UsageError(
                 f"{store.url} holds a folder of {len(names)} databases; name one of them, such as {first}"
             ) from error
-        if Replica(store).segments() or not nothing_is_fine:
+        if not nothing_is_fine or Replica(store).segments() or is_litestream_at(store):
             raise
         found.clear()
 
@@ -391,7 +427,7 @@ def status(config_file: Path | None, no_expand_env: bool, socket_path: Path | No
     found = control.status(_socket(config_file, no_expand_env, socket_path))
     databases = found["databases"]
     rows = [
-        (d["path"], d["status"], d["durable"] or "-", d["durable_time"] or "-", _size(d["waiting_bytes"]))
+        (d["path"], d["status"], d["durable"] or "-", d["durable_time"] or "-", format_size(d["waiting_bytes"]))
         for d in databases
     ]
     lines = _table(("DATABASE", "STATUS", "DURABLE", "LAST COMMIT THERE", "WAITING"), rows)
@@ -512,11 +548,66 @@ def history(source: str, config_file: Path | None, no_expand_env: bool, as_json:
     transaction with their times, why it began and who wrote it.
     """
     from replicator import history as replica_history
+    from replicator.litestream import history as litestream_history
+    from replicator.litestream.choice import is_native_at
 
     store, _ = _replica_of(source, _find_config(config_file, no_expand_env, required="://" not in source))
+    others = litestream_history.read(store)
+    timelines: list[dict[str, Any]] = []
+    if not others or is_native_at(store):
+        with _explained(store, nothing_is_fine=False):
+            timelines = replica_history.read(store)
+    document = {"url": store.url, "timelines": timelines} | ({"litestream": others} if others else {})
+    _report(document, as_json, *litestream_history.lines(others), *replica_history.tree(timelines))
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+@replicator.command()
+@click.argument("source", metavar="URL|DB")
+@click.argument("destination", metavar="TO")
+@_config_option
+@click.option(
+    "--format",
+    "_kind",
+    type=click.Choice(["litestream"]),
+    default="litestream",
+    show_default=True,
+    help="What to write.",
+)
+@click.option(
+    "--from",
+    "since",
+    callback=MOMENT,
+    metavar="T",
+    help="Every moment from T on is to be in it. Default: from the newest snapshot on.",
+)
+@click.option("--parallelism", type=click.IntRange(1, 64), default=8, show_default=True, help="Uploads at once.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written; write nothing.")
+@_json_option
+def export(
+    source: str,
+    destination: str,
+    config_file: Path | None,
+    no_expand_env: bool,
+    _kind: str,
+    since: int | None,
+    parallelism: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write a replica out as one that Litestream 0.5 can restore, at the URL TO.
+
+    Run again, it writes what has been added since. It deletes nothing, and refuses a place where something else is.
+    """
+    from replicator.litestream import command as litestream
+
+    config = _find_config(config_file, no_expand_env, required="://" not in source)
+    (store, _), (to, _) = _replica_of(source, config), _replica_of(destination, config)
     with _explained(store, nothing_is_fine=False):
-        timelines = replica_history.read(store)
-    _report({"url": store.url, "timelines": timelines}, as_json, *replica_history.tree(timelines))
+        document, words = litestream.run_export(store, to, since, parallelism, dry_run=dry_run)
+    _report(document, as_json, *words.splitlines())
 
 
 # -- which database, which replica -------------------------------------------------------------------------------------
@@ -610,12 +701,6 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _size(size_bytes: int) -> str:
-    if size_bytes < 1024:
-        return f"{size_bytes} B"
-    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"
-
-
 def _plan_document(plan: RestorePlan, target: Path) -> dict[str, Any]:
     return {
         "target": str(target),
@@ -629,8 +714,8 @@ def _plan_document(plan: RestorePlan, target: Path) -> dict[str, Any]:
 
 def _plan_words(plan: RestorePlan, target: Path) -> str:
     return (
-        f"{target} would be restored to {plan.position}, last commit {format_time(plan.reached_ms)}: {_size(plan.size_bytes)} "
-        f"from {len(plan.segments)} segments of {_size(plan.download_bytes)}"
+        f"{target} would be restored to {plan.position}, last commit {format_time(plan.reached_ms)}: {format_size(plan.size_bytes)} "
+        f"from {len(plan.segments)} segments of {format_size(plan.download_bytes)}"
     )
 
 
@@ -651,7 +736,7 @@ def _report_document(report: RestoreReport, target: Path) -> dict[str, Any]:
 def _report_words(report: RestoreReport, target: Path) -> str:
     return (
         f"restored {target} to {report.position}, last commit {format_time(report.reached_ms)}: "
-        f"{_size(report.size_bytes)} from {report.segments} segments in {report.took_s:.1f} s"
+        f"{format_size(report.size_bytes)} from {report.segments} segments in {report.took_s:.1f} s"
     )
 
 

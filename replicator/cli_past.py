@@ -143,7 +143,7 @@ def diff(
             _print_rows(difference, table)
         else:
             document = _difference_document(before, after, difference, table)
-            cli._report(document, as_json, "\n".join(_difference_words(document)))
+            cli._report(document, as_json, *_difference_words(document))
         if verbose:
             _say_fetched(before)
             _say_fetched(after)

@@ -25,6 +25,8 @@ from replicator import control
 from replicator.config import Config, DatabaseConfig
 from replicator.descriptors import raise_descriptor_limit
 from replicator.errors import NothingToRestore, ReplicatorError, SyncTimeout, UsageError
+from replicator.litestream.choice import choose
+from replicator.litestream.restore import restore as restore_litestream
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions, restore
 from replicator.restored import mark_restored
@@ -329,8 +331,16 @@ class Daemon:
 
 
 def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
-    """Restore a database that is not there, from a replica that is. Raises RestoreError, StoreError."""
+    """Restore a database that is not there, from a replica that is, ours or Litestream's. Raises RestoreError, StoreError."""
     if entry.path.exists():
+        return
+    chosen = choose(store)
+    if chosen.besides:
+        log.warning("%s: %s", entry.path, chosen.besides)
+    if chosen.is_litestream:
+        found = restore_litestream(store, entry.path, RestoreOptions())
+        reached = format_time(found.reached_ms)
+        log.info("%s was not there; restored from Litestream's replica to %s, %s", entry.path, found.position, reached)
         return
     try:
         report = restore(store, entry.path, RestoreOptions())

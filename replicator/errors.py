@@ -65,6 +65,10 @@ class SegmentVersionUnknown(FormatError):
     """The segment was written by a newer release than this one can read."""
 
 
+class LtxDamaged(FormatError):
+    """A file of a Litestream replica is truncated, or a checksum in it does not match."""
+
+
 class WalHeaderDamaged(FormatError):
     """The 32 bytes at the start of a WAL are not a valid WAL header."""
 

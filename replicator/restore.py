@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all), of the segments as they are stored. Called from the thread that restores."""
 
+IntegrityCheck = Literal["none", "quick", "full"]
+PRAGMAS = {"quick": "quick_check", "full": "integrity_check"}
+
 _T = TypeVar("_T")
 
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
@@ -74,7 +77,7 @@ class RestoreOptions:
     timeline: int | None = None
     at_ms: int | None = None
     parallelism: int = 8
-    integrity_check: Literal["none", "quick", "full"] = "quick"
+    integrity_check: IntegrityCheck = "quick"
     mode: int | None = None
 
 
@@ -137,7 +140,7 @@ def restore(
     """
     started = time.monotonic()
     check_options(options)
-    _check_target(target)
+    check_target(target)
     _mention_leftovers(target)
     replica = Replica(store)
 
@@ -255,7 +258,16 @@ def check_options(options: RestoreOptions) -> None:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Raises TargetExists when something is there or beside it, RestoreError when its folder is not there.
+
+    Mentions what other restores to it have left behind.
+    """
+    _check_free(target)
+    _mention_leftovers(target)
+
+
+def _check_free(target: Path) -> None:
     if not target.parent.is_dir():
         raise RestoreError(f"the directory {target.parent} does not exist; create it first")
     for suffix in _SIDE_FILES:
@@ -279,7 +291,7 @@ def _mention_leftovers(target: Path) -> None:
         )
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int) -> None:
     found = os.statvfs(folder)
     available_bytes = found.f_bavail * found.f_frsize
     if needed_bytes > available_bytes:
@@ -287,6 +299,29 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
             f"the restored database needs {needed_bytes} bytes, {folder} has {available_bytes} bytes available; "
             "make room, or restore to another file system"
         )
+
+
+@contextmanager
+def new_database(target: Path, mode: int | None) -> Iterator[tuple[int, Path]]:
+    """Descriptor and path of an empty file that is given the name ``target``, durably, when the block ends without an error.
+
+    Otherwise nothing is left of it. Raises TargetExists, and RestoreError for any OSError.
+    """
+    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd, temporary
+            os.fchmod(fd, 0o600 if mode is None else mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _publish(temporary, target)
+    except OSError as error:
+        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
 
 
 def _write_new_file(
@@ -297,26 +332,13 @@ def _write_new_file(
     started: float,
     on_progress: OnProgress,
 ) -> RestoreReport:
-    _check_space(target.parent, plan.size_bytes)
-    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, plan.size_bytes)
-            assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
-            assembly.run()
-            hashes = _read_back(fd, plan, options.parallelism)
-            _check_integrity(temporary, plan, options.integrity_check)
-            os.fchmod(fd, 0o600 if options.mode is None else options.mode)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _publish(temporary, target)
-    except OSError as error:
-        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    check_space(target.parent, plan.size_bytes)
+    with new_database(target, options.mode) as (fd, temporary):
+        os.ftruncate(fd, plan.size_bytes)
+        assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
+        assembly.run()
+        hashes = _read_back(fd, plan, options.parallelism)
+        _check_integrity(temporary, plan, options.integrity_check)
     return RestoreReport(
         position=plan.position,
         reached_ms=plan.reached_ms,
@@ -355,11 +377,25 @@ def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
     return hashes
 
 
-def _check_integrity(path: Path, plan: RestorePlan, check: Literal["none", "quick", "full"]) -> None:
-    """SQLite's own check. The file has no WAL beside it and nobody else has it open, hence ``immutable``."""
-    if check == "none" or plan.page_count == 0:
+def _check_integrity(path: Path, plan: RestorePlan, check: IntegrityCheck) -> None:
+    if plan.page_count == 0:
         return
-    pragma = "quick_check" if check == "quick" else "integrity_check"
+    complaints = integrity_complaints(path, check, str(plan.position))
+    if complaints:
+        raise IntegrityCheckFailed(
+            f"{plan.position} was restored as it was at its source, but {PRAGMAS[check]} finds: {'; '.join(complaints)}; "
+            "restore an earlier position, or leave the check out to get the file as it is"
+        )
+
+
+def integrity_complaints(path: Path, check: IntegrityCheck, what: str) -> list[str]:
+    """What SQLite finds wrong with a new file. what: it is, for a warning when SQLite cannot check it here.
+
+    The file has no WAL beside it and nobody else has it open, hence ``immutable``.
+    """
+    if check == "none":
+        return []
+    pragma = PRAGMAS[check]
     try:
         connection = apsw.Connection(
             f"file:{quote(str(path.absolute()))}?immutable=1", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
@@ -372,18 +408,14 @@ def _check_integrity(path: Path, plan: RestorePlan, check: Literal["none", "quic
         complaints = [str(error)]
     except apsw.SQLError as error:
         # The schema needs a collation or function that only the app has. The checksums have proven the pages already.
-        log.warning("SQLite cannot run %s on %s here and the check is left out: %s", pragma, plan.position, error)
-        return
-    if complaints != ["ok"]:
-        raise IntegrityCheckFailed(
-            f"{plan.position} was restored as it was at its source, but {pragma} finds: {'; '.join(complaints)}; "
-            "restore an earlier position, or leave the check out to get the file as it is"
-        )
+        log.warning("SQLite cannot run %s on %s here and the check is left out: %s", pragma, what, error)
+        return []
+    return [] if complaints == ["ok"] else complaints
 
 
 def _publish(temporary: Path, target: Path) -> None:
     """Give the file its name, durably, unless something took the name meanwhile."""
-    _check_target(target)
+    _check_free(target)
     try:
         os.link(temporary, target)
     except FileExistsError:

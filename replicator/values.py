@@ -71,6 +71,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def format_size(size_bytes: int) -> str:
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"
+
+
 def parse_duration(text: str) -> float:
     """Seconds of a duration such as ``500ms``, ``1h30m``, ``7d``. Raises UsageError."""
     stripped = text.strip()

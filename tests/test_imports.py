@@ -34,6 +34,8 @@ PURE = {
     "replicator/segment.py",
     "replicator/pagehash.py",
     "replicator/layout.py",
+    "replicator/litestream/chain.py",
+    "replicator/ltx.py",
     "replicator/chain.py",
     "replicator/btree.py",
     "minipaas/model.py",

@@ -60,10 +60,10 @@ class Upload:
         self._parallel = multipart.parallel
         self._retrying = retrying
 
-    def run(self, condition: dict[str, str]) -> str:
-        """The etag of the whole."""
+    def run(self, condition: dict[str, str], metadata: dict[str, Any]) -> str:
+        """The etag of the whole. metadata: of the object, as boto3 takes it."""
         self._refuse_early(condition)
-        upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key)["UploadId"]}
+        upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key, **metadata)["UploadId"]}
         try:
             parts = {"Parts": self._send_all(upload)}
             return self._bucket.store(

@@ -83,11 +83,17 @@ class RetryStore:
         return self._inner.url
 
     def put(
-        self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        body: bytes | Path,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
     ) -> ObjectInfo:
         def attempt(number: int) -> ObjectInfo:
             try:
-                return self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match)
+                return self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match, time_ms=time_ms)
             except PreconditionFailed:
                 written = self._find_written(key, body) if number > 1 else None
                 if written is None:
