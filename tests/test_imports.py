@@ -23,8 +23,8 @@ ONLY_IN = {
         "minipaas/state.py",
     },
     "pyrage": {"minipaas/sealing.py"},
-    "click": {"replicator/cli.py", "replicator/cli_past.py", "minipaas/cli/"},
-    "rich": {"replicator/cli.py", "minipaas/cli/"},
+    "click": {"replicator/cli/", "minipaas/cli/"},
+    "rich": {"replicator/cli/restore.py", "minipaas/cli/"},
     "waitress": {"minipaas/web/door.py"},
     "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
 }
@@ -44,8 +44,7 @@ PURE = {
 }
 IMPURE = {"os", "socket", "subprocess", "time", "threading", "logging", "random", "shutil", "requests", "urllib"}
 ENTRY_POINTS = {
-    "replicator/cli.py",
-    "replicator/cli_past.py",
+    "replicator/cli/",
     "replicator/__main__.py",
     "minipaas/cli/",
     "minipaas/__main__.py",

@@ -22,6 +22,7 @@ import pytest
 
 import replicator
 from replicator import cli, control
+from replicator.cli import places
 from replicator.config import parse
 from replicator.errors import DaemonNotRunning
 
@@ -236,11 +237,11 @@ def test_credentials_of_the_configuration_go_to_the_place_they_are_for_only() ->
         Path("r.yml"),
         {},
     )
-    configured = cli._configured("s3://b/d/db/x.db", config)
+    configured = places.configured_at("s3://b/d/db/x.db", config)
     assert configured is not None
     assert (configured.url, configured.secret_key) == ("s3://b/d/db/x.db?endpoint=https%3A%2F%2Fone", "S")
     for other in ("s3://b/dd", "s3://b", "s3://b/d?endpoint=https://two", "file:///b/d"):
-        assert cli._configured(other, config) is None
+        assert places.configured_at(other, config) is None
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The commands ``query`` and ``diff``: the past of a replica, without restoring it.
 
-Owns their words and the form in which rows are printed. Decides nothing; registers itself with the group of ``replicator.cli``.
+Owns their words and the form in which rows are printed. Decides nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from replicator import cli
+from replicator.cli.options import config_option, json_option, parse_txid, parsed
+from replicator.cli.places import explained, find_config, replica_of
+from replicator.cli.words import table, tell
 from replicator.errors import UsageError
 from replicator.values import Position, format_time, parse_time
 
@@ -31,24 +33,24 @@ _MOST_WIDTH = 60
 _MOST_BLOB = 32  # bytes that are shown of a blob in a table
 
 
-_MOMENT = cli._parsed(lambda text: parse_time(text, time.time_ns() // 1_000_000))
-_TXID = cli._parsed(cli._parse_txid)
+_MOMENT = parsed(lambda text: parse_time(text, time.time_ns() // 1_000_000))
+_TXID = parsed(parse_txid)
 
 
 def _parse_place(text: str) -> Position | int | tuple[int]:
     """A position, a txid, or (a time in UTC milliseconds,)."""
     if text.isascii() and text.replace(":", "", 1).isdigit():
-        return cli._parse_txid(text)
+        return parse_txid(text)
     return (parse_time(text, time.time_ns() // 1_000_000),)
 
 
-_PLACE = cli._parsed(_parse_place)
+_PLACE = parsed(_parse_place)
 
 
 @click.command()
 @click.argument("source", metavar="URL|DB")
 @click.argument("sql", metavar="SQL")
-@cli._config_option
+@config_option
 @click.option(
     "--as-of", callback=_MOMENT, metavar="T", help="As it was at T: 2026-11-24T03:12:00Z, or an age such as 5m."
 )
@@ -62,7 +64,7 @@ _PLACE = cli._parsed(_parse_place)
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="At most so many rows of each statement.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, with a head for each statement.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what was fetched.")
-@cli._json_option
+@json_option
 def query(
     source: str,
     sql: str,
@@ -84,7 +86,7 @@ def query(
     if as_csv and as_json:
         raise UsageError("--csv and --json exclude each other")
     options = _options(position_or_txid=txid, at_ms=as_of, timeline=timeline)
-    with _opened(source, cli._find_config(config_file, no_expand_env, required="://" not in source), options) as past:
+    with _opened(source, find_config(config_file, no_expand_env, required="://" not in source), options) as past:
         _say_where(past)
         try:
             _print_results(past, sql, limit, "csv" if as_csv else "json" if as_json else "table")
@@ -95,7 +97,7 @@ def query(
 
 @click.command()
 @click.argument("source", metavar="URL|DB")
-@cli._config_option
+@config_option
 @click.option(
     "--from",
     "start",
@@ -109,7 +111,7 @@ def query(
 @click.option("--table", metavar="NAME", help="Only this table.")
 @click.option("--rows", is_flag=True, help="Print every row that differs as a line of JSON, before and after.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what was fetched.")
-@cli._json_option
+@json_option
 def diff(
     source: str,
     config_file: Path | None,
@@ -131,7 +133,7 @@ def diff(
 
     if rows and as_json:
         raise UsageError("--rows prints lines of JSON by itself; leave out --json")
-    config = cli._find_config(config_file, no_expand_env, required="://" not in source)
+    config = find_config(config_file, no_expand_env, required="://" not in source)
     with (
         _opened(source, config, _place_options(start, timeline)) as before,
         _opened(source, config, _place_options(end, timeline)) as after,
@@ -143,7 +145,7 @@ def diff(
             _print_rows(difference, table)
         else:
             document = _difference_document(before, after, difference, table)
-            cli._report(document, as_json, *_difference_words(document))
+            tell(document, as_json, *_difference_words(document))
         if verbose:
             _say_fetched(before)
             _say_fetched(after)
@@ -172,8 +174,8 @@ def _place_options(place: Position | int | tuple[int] | None, timeline: int | No
 def _opened(source: str, config: Config | None, options: RestoreOptions) -> Past:
     from replicator.past import open_past
 
-    store, _ = cli._replica_of(source, config)
-    with cli._explained(store, nothing_is_fine=False):
+    store, _ = replica_of(source, config)
+    with explained(store, nothing_is_fine=False):
         return open_past(store, options)
 
 
@@ -343,14 +345,9 @@ def _difference_words(document: dict[str, Any]) -> Iterator[str]:
         for one in document["tables"]
     ]
     if rows:
-        yield from cli._table(("TABLE", "ADDED", "REMOVED", "CHANGED"), rows)
+        yield from table(("TABLE", "ADDED", "REMOVED", "CHANGED"), rows)
     elif not document["schema"]:
         yield "nothing changed"
 
 
-def _register() -> None:
-    for command in (query, diff):
-        cli.replicator.add_command(command)
-
-
-_register()
+COMMANDS = (query, diff)
