@@ -26,7 +26,7 @@ from minipaas.errors import (
 from minipaas.facts import Facts
 from minipaas.health import Listener, Prober, explain, first_failure, listeners
 from minipaas.model import Machine, Node, Volume
-from minipaas.protection import Backups, StoreError
+from minipaas.protection import Backups
 from minipaas.router import Router
 from minipaas.sealing import Sealer
 from minipaas.settings import Limits, Settings
@@ -39,6 +39,7 @@ from minipaas.workload import (
     runs,
     volume_ids,
 )
+from replicator import StoreError
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from minipaas.errors import (
 from minipaas.model import App
 from minipaas.ops import MachineFailed, MarkFailed, Operation, Overtaken, World
 from minipaas.plan import Seen, Wanted, plan, presumed_route
-from minipaas.protection import ReplicatorError
 from minipaas.workload import LABEL_APP, default_host, runs, workload_of
+from replicator import ReplicatorError
 
 MAX_ROUNDS = 50
 EXPECTED = (PlatformError, ReplicatorError, OSError)

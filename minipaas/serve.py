@@ -30,7 +30,7 @@ from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
 from minipaas.ops import World
 from minipaas.progress import Hub
-from minipaas.protection import Backups, ReplicatorError
+from minipaas.protection import Backups
 from minipaas.reconcile import Reconciler, StopClock
 from minipaas.router import Router
 from minipaas.sealing import Sealer, read_node_identity
@@ -43,6 +43,7 @@ from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
 from minipaas.web.door import listening
 from minipaas.web.sessions import Sessions
+from replicator import ReplicatorError
 
 log = logging.getLogger(__name__)
 

@@ -44,13 +44,13 @@ from minipaas.model import (
 )
 from minipaas.ops import World
 from minipaas.progress import Hub, Turns
-from minipaas.protection import StoreError
 from minipaas.reconcile import Reconciler
 from minipaas.settings import listen_address
 from minipaas.sources import Builder, Source, image_tag
 from minipaas.state import NewRelease
 from minipaas.uploads import Uploads
 from minipaas.workload import LABEL_APP, LABEL_MACHINE, check_variable, container_name, default_host, runs, workload_of
+from replicator import StoreError
 
 MAX_SECRET_BYTES = 64 * 1024
 

@@ -18,10 +18,10 @@ from minipaas.access import issue_local_token
 from minipaas.errors import BadRequest, Conflict, NodeNotEmpty, NotFound
 from minipaas.fleet import FleetRecord, read_fleet, write_fleet
 from minipaas.model import Fleet, Node, check_domain, check_name
-from minipaas.protection import ObjectStore, PreconditionFailed
 from minipaas.sealing import Identity, create_node_identity
 from minipaas.settings import Credentials, Settings, check_listens, write_credentials, write_settings
 from minipaas.state import State
+from replicator import ObjectStore, PreconditionFailed
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,10 @@ class Capture:
         """Keep in mind how the file is while it and the WAL, which stand still together, belong to the captured state."""
         database = self._database
         if database is not None and self._continuous and database.still_at_path():
-            self._captured = dataclasses.replace(self._state, file=database.settled_stamp())
+            stamp = database.settled_stamp()
+            if stamp and self._resting and not self._resting.same_content(stamp):
+                stamp = None  # written past SQLite; the next who looks compares
+            self._captured = dataclasses.replace(self._state, file=stamp)
 
     def _follow_restart(self, database: LiveDatabase) -> bool:
         """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured.
@@ -566,8 +569,6 @@ class Capture:
         wait_s = self._checkpoint(database)
         if is_abandoned and not self.figures.checkpoint_blocked and database.truncate_wal():
             self._drain()
-        if not self.figures.checkpoint_blocked:
-            self._resting = database.stamp()
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
@@ -587,6 +588,7 @@ class Capture:
             self._retry_s = min(self._retry_s * 2, longest_s)
             self._next_checkpoint_at = self._monotonic() + self._retry_s
             return self._retry_s
+        self._resting = result.rest if result else None
         self._retry_s = FIRST_CHECKPOINT_RETRY_S
         self._backfilled = self._scanner.cursor if self._scanner else None
         return None

@@ -64,10 +64,14 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen."""
+    """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen.
+
+    rest: the file as it was under the barrier. When complete, SQLite does not write it again as long as our lock is not passed on.
+    """
 
     complete: bool
     barrier_s: float
+    rest: FileStamp
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,10 @@ class LiveDatabase:
                 frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             failpoints.reach("under-barrier")
             self.pass_lock()
+            rest = self.stamp()
         held_s = time.monotonic() - since
         failpoints.reach("after-checkpoint")
-        return Checkpoint(complete=frames == backfilled, barrier_s=held_s)
+        return Checkpoint(complete=frames == backfilled, barrier_s=held_s, rest=rest)
 
     def truncate_wal(self) -> bool:
         """After a complete checkpoint: cut the WAL to nothing, if no commit has come and nobody reads. True when that was done.

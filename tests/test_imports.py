@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONLY_IN = {
     "boto3": {"replicator/store/s3.py"},
     "botocore": {"replicator/store/s3.py"},
-    "docker": {"minipaas/engine/docker_api.py"},
+    "docker": {"minipaas/engine/docker_api/"},
     "watchdog": {"replicator/watch.py"},
     "apsw": {
         "replicator/database.py",
@@ -26,7 +26,7 @@ ONLY_IN = {
     "click": {"replicator/cli/", "minipaas/cli/"},
     "rich": {"replicator/cli/restore.py", "minipaas/cli/"},
     "waitress": {"minipaas/web/door.py"},
-    "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
+    "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api/"},
 }
 PURE = {
     "replicator/values.py",

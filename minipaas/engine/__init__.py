@@ -1,6 +1,6 @@
 """Container engines: the two protocols that the platform needs of one, and the values they exchange.
 
-Owns the interface. Adapters: ``docker_api`` (the only importer of ``docker``; for Docker and Podman), ``fake``.
+Owns the interface. Adapters: ``docker_api`` (the only package that imports ``docker``; for Docker and Podman), ``fake``.
 """
 
 from __future__ import annotations

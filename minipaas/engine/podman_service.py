@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipaas.engine.docker_api import NETWORK, host_ulimits
+from minipaas.engine.docker_api.abilities import host_ulimits
+from minipaas.engine.docker_api.network import NETWORK
 from minipaas.errors import EngineError, EngineMissing, EngineUnavailable
 
 MAX_SOCKET_PATH = 107

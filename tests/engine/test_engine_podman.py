@@ -15,7 +15,10 @@ import pytest
 
 from minipaas import bundle
 from minipaas.engine import Container, ContainerSpec, Mount
-from minipaas.engine.docker_api import Abilities, Connection, DockerContainers, DockerEngine
+from minipaas.engine.docker_api import DockerEngine
+from minipaas.engine.docker_api.abilities import Abilities
+from minipaas.engine.docker_api.connection import Connection
+from minipaas.engine.docker_api.containers import DockerContainers
 from minipaas.engine.podman_service import PodmanService
 from minipaas.errors import BuildFailed, EngineError, EngineUnavailable, ImageRefused, TimedOut
 from replicator.store.memory import MemoryStore

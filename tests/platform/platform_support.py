@@ -22,7 +22,7 @@ from minipaas.manifest import parse
 from minipaas.model import Fleet, Machine, Node, Release, ReleaseStatus, Volume
 from minipaas.ops import Operation, World
 from minipaas.progress import Hub
-from minipaas.protection import DatabaseState, ObjectStore
+from minipaas.protection import DatabaseState
 from minipaas.reconcile import Reconciler, StopClock, in_thread
 from minipaas.router import Router
 from minipaas.sealing import Identity, Sealer
@@ -32,6 +32,7 @@ from minipaas.sources import Builder
 from minipaas.state import NewRelease, State
 from minipaas.uploads import Uploads
 from minipaas.workload import volume_ids
+from replicator import ObjectStore
 from replicator.errors import StoreUnavailable
 from replicator.store.memory import MemoryStore
 

@@ -116,6 +116,19 @@ def test_a_checkpoint_lets_the_next_commit_start_the_wal_anew(writer: App, live:
     assert before and after and before.salt1 + 1 == after.salt1
 
 
+def test_after_a_checkpoint_sqlite_itself_leaves_the_file_as_it_was_under_the_barrier(
+    path: Path, writer: App, live: LiveDatabase
+) -> None:
+    live.acquire()
+    rest = live.checkpoint(lambda: None).rest
+    writer.insert(5)
+    writer.run("PRAGMA wal_checkpoint(PASSIVE)")
+    live.truncate_wal()
+    assert rest == live.stamp()
+    path.write_bytes(path.read_bytes())
+    assert not rest.same_content(live.stamp())
+
+
 def test_a_checkpoint_under_a_long_write_is_put_off(writer: App, live: LiveDatabase) -> None:
     live.acquire()
     writer.run("BEGIN IMMEDIATE")
