@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 STAMP := .venv/installed
+NODE_STAMP := .venv/installed-node
 SOURCES := $(wildcard minipaas replicator images demo bench tests)
 
 .DEFAULT_GOAL := help
@@ -14,12 +15,16 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv from pyproject.toml, with the tools of development
 
 $(STAMP): pyproject.toml scripts/python-venv
-	@scripts/python-venv
+	@scripts/python-venv dev
 	@touch $@
 
-install: ## what a node needs: .venv, and Podman if there is neither Podman nor Docker (root, Debian 12)
+$(NODE_STAMP): pyproject.toml scripts/python-venv
+	@scripts/python-venv node
+	@touch $@
+
+install: ## what a node needs: .venv without the tools of development, and Podman if there is neither Podman nor Docker (root, Debian 12)
 	@scripts/system-packages node
-	@$(MAKE) --no-print-directory $(STAMP)
+	@$(MAKE) --no-print-directory $(NODE_STAMP)
 
 demo: ## lose a host and get everything back, in front of your eyes (root, Debian 12)
 	@scripts/system-packages demo

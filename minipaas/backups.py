@@ -27,12 +27,16 @@ from replicator import (
     ReplicatorError,
     RestoreError,
     RestoreOptions,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
     SyncTimeout,
     UsageError,
     WorkerSettings,
     catalogue,
     mark_restored,
     open_store,
+    raise_descriptor_limit,
     restore,
 )
 
@@ -41,16 +45,22 @@ log = logging.getLogger(__name__)
 STATE = "state"
 VOLUMES = "volumes"
 IMAGES = "images"
-FLEET = "fleet"
 
 
+PROBE_PATIENCE_S = 3.0
 PATIENCE_S = 30.0
 SHIPPING_PATIENCE_S = 8.0
-"""How long a request is tried again. Shipping tries for ever, but says soon that it does not get through."""
+"""How long a request is tried again. The first one, before a bucket has ever answered, gives up soon: somebody waits, and the URL
+may be wrong. Shipping tries for ever, but says soon that it does not get through."""
+
+
+MORE_KEYS = "; keys may also be in MINIPAAS_ACCESS_KEY and MINIPAAS_SECRET_KEY"
 
 
 def open_bucket(url: str, credentials: Credentials | None, patience_s: float = PATIENCE_S) -> ObjectStore:
-    """The fleet's bucket and prefix. Raises BadRequest for a URL that has no meaning; does not reach out."""
+    """The fleet's bucket and prefix. Raises BadRequest for a URL that has no meaning, or keeps nothing; does not reach out."""
+    if url.startswith("memory:"):
+        raise BadRequest(f"{url} ends with the process, and everything in it; name a bucket, s3://BUCKET/PREFIX")
     try:
         return open_store(
             url,
@@ -60,6 +70,23 @@ def open_bucket(url: str, credentials: Credentials | None, patience_s: float = P
         )
     except UsageError as error:
         raise BadRequest(str(error)) from error
+
+
+@contextmanager
+def reaching(bucket: ObjectStore, keys_given: bool) -> Iterator[None]:
+    """Around the first requests to a bucket. Raises Unavailable that says what to look at."""
+    try:
+        yield
+    except StoreDenied as error:
+        raise Unavailable(
+            f"{bucket.url} refuses us: {error}{'' if keys_given else MORE_KEYS}; nothing was changed"
+        ) from error
+    except StoreUnavailable as error:
+        raise Unavailable(
+            f"{bucket.url} cannot be reached: {error}; check the endpoint in --bucket, and that this host gets there; nothing was changed"
+        ) from error
+    except StoreError as error:
+        raise Unavailable(f"{bucket.url} cannot be used: {error}; nothing was changed") from error
 
 
 class BucketBackups:
@@ -85,6 +112,7 @@ class BucketBackups:
         return self._bucket.sub(IMAGES)
 
     def start(self) -> None:
+        raise_descriptor_limit()
         with _translated():
             self._replicator.start()
             self._replicator.add(

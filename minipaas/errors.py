@@ -1,7 +1,8 @@
 """Every way in which the platform fails: one failure, one class, one message, one exit code, one HTTP status.
 
 Owns the exception tree. Foreign exceptions are translated to these at the adapter that met them, ``raise … from``.
-Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out.
+Exit codes: 1 refused or failed, 2 usage or preflight, 3 partly done and resumable, 4 auth, 5 time-out, 6 another node has the fleet,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Conflict(PlatformError):
 
 
 class NodeNotEmpty(Conflict):
-    """Recovery and setup refuse a data directory, or an engine, that already holds something."""
+    """Setup and recovery need an empty data directory, and this one holds something."""
 
     exit_code = 2
 
@@ -60,7 +61,9 @@ class WrongRecoveryKey(PlatformError):
 
 
 class FleetHeld(Conflict):
-    """Another node holds the bucket and is alive."""
+    """Another node holds the bucket, or has had it since: this one must not go on. The systemd unit does not start it again."""
+
+    exit_code = 6
 
 
 class Unavailable(PlatformError):
@@ -72,6 +75,12 @@ class Unavailable(PlatformError):
 class TimedOut(PlatformError):
     exit_code = 5
     http_status = 504
+
+
+class Interrupted(PlatformError):
+    """The user ended a command while the node may have been carrying it out; the message says where to look."""
+
+    exit_code = 130
 
 
 class TooMuch(PlatformError):
@@ -114,7 +123,7 @@ class VolumeGone(Unavailable):
 
 
 class DeployFailed(PlatformError):
-    """The new release did not become healthy; the message says why, and the old one goes on serving."""
+    """The new release did not become healthy; the message says why, and whether the old one serves."""
 
     http_status = 422
 

@@ -6,11 +6,13 @@ Owns what passes and what does not. Never decides what follows from it.
 from __future__ import annotations
 
 import http.client
+import io
 import re
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 REFUSED = "nothing listens on port"
 
@@ -35,7 +37,7 @@ class Prober(Protocol):
 
 
 class SocketProber:
-    """Over the network. HTTP passes with 200 to 299; a redirect is not followed and does not pass, as on fly."""
+    """Over the network. HTTP passes with 200 to 299; a redirect is not followed and does not pass, as on fly. No body is read."""
 
     def probe(self, address: str, probe: Probe) -> str:
         try:
@@ -51,13 +53,37 @@ class SocketProber:
             return f"port {probe.port}: {str(error) or type(error).__name__}"
 
     def _http(self, address: str, probe: Probe) -> str:
+        deadline = time.monotonic() + probe.timeout_s
         connection = http.client.HTTPConnection(address, probe.port, timeout=probe.timeout_s)
         try:
             connection.request(probe.method, probe.path, headers=dict(probe.headers))
-            status = connection.getresponse().status
+            answer = cast(socket.socket, _Hasty(connection.sock, deadline))
+            with http.client.HTTPResponse(answer, method=probe.method) as response:
+                response.begin()
+                status = response.status
         finally:
             connection.close()
         return "" if 200 <= status < 300 else f"{probe.method} {probe.path} gave {status}"
+
+
+class _Hasty(io.RawIOBase):
+    """What a socket gives until a deadline; the time-out of the socket itself begins anew with every byte. For ``HTTPResponse``."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._socket, self._deadline = sock, deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._socket.recv_into(buffer)
 
 
 def first_failure(prober: Prober, address: str, probes: Sequence[Probe]) -> str:

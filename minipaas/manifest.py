@@ -34,6 +34,10 @@ _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"(\d+)\s*(?:(gb|gib|g)|(mb|mib|m))?", re.IGNORECASE)
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VOLUME_NAME = re.compile(r"[a-z0-9_]{1,30}")
+_KERNEL_DIRS = frozenset({"proc", "sys", "dev"})
+_SYSTEM_DIRS = frozenset({"etc", "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "run", "boot"})
+_SYSTEM_SUBDIRS = frozenset({("usr", each) for each in ("bin", "sbin", "lib", "lib64", "local", "share")})
+USUAL_GROUP = "app"
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -84,9 +88,9 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Deploy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """wait_timeout_s: how long a new machine may take until it is healthy."""
+    """wait_timeout_s: how long a new machine may take until it is healthy; None for the platform's usual time."""
 
-    wait_timeout_s: float = 300.0
+    wait_timeout_s: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,28 +125,39 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def look(directory: Path) -> Path | None:
+    """The manifest of a source directory, None when it has none."""
+    return next((directory / name for name in FILE_NAMES if (directory / name).is_file()), None)
+
+
 def find(directory: Path) -> Path:
-    """The manifest of a source directory. Raises ManifestError that shows how to write one."""
-    for name in FILE_NAMES:
-        if (directory / name).is_file():
-            return directory / name
-    raise ManifestError(
-        f"there is neither minipaas.toml nor fly.toml in {directory}; write a minipaas.toml such as:\n{EXAMPLE}"
-    )
+    """The manifest of a source directory. Raises ManifestError that says how to write one."""
+    found = look(directory)
+    if found is None:
+        raise ManifestError(
+            f"{directory.absolute()} has neither minipaas.toml nor fly.toml; write one (`minipaas deploy --help` shows it), "
+            "or name the app with --app"
+        )
+    return found
 
 
-def load(path: Path) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest in a file, and warnings. Raises ManifestError."""
+def read(path: Path) -> str:
+    """The text of a manifest. Raises ManifestError."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ManifestError(f"{path}:1: cannot be read: {error.strerror}") from error
     try:
-        return parse(raw.decode(), str(path))
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ManifestError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8") from error
+
+
+def load(path: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest in a file, and warnings. Raises ManifestError."""
+    return parse(read(path), str(path))
 
 
 def parse(text: str, file: str) -> tuple[Manifest, tuple[str, ...]]:
@@ -197,6 +212,7 @@ class _Table:
     def __init__(self, source: _Source, path: KeyPath, values: dict[str, Any]) -> None:
         self._source, self._path, self._values = source, path, values
         self._known: set[str] = set()
+        self._unserved: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -291,6 +307,7 @@ class _Table:
     def unserved(self, *keys: str) -> None:
         """Keys of fly that have no effect here yet."""
         self._known.update(keys)
+        self._unserved.update(keys)
         for key in keys:
             if key in self._values:
                 self.warn(key, "is not served yet: it has no effect")
@@ -299,7 +316,8 @@ class _Table:
         for key in self._values:
             if key not in self._known:
                 near = difflib.get_close_matches(key, sorted(self._known), 1)
-                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(self._known))}"
+                served = ", ".join(sorted(self._known - self._unserved))
+                hint = f"did you mean {near[0]}?" if near else f"what is served here: {served}"
                 self.fail(key, f"there is no such key; {hint}")
 
 
@@ -308,7 +326,7 @@ def _show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
-    shown = repr(value) if not isinstance(value, str) else f'"{value}"'
+    shown = repr(value) if not isinstance(value, str) or not value.isprintable() else f'"{value}"'
     return shown if len(shown) <= 60 else f"{shown[:57]}…"
 
 
@@ -403,8 +421,8 @@ def _http_service(table: _Table | None) -> HttpService | None:
     service = HttpService(
         internal_port=port,
         force_https=table.flag("force_https"),
-        min_machines_running=table.whole("min_machines_running", 0, 100) or 0,
-        processes=table.texts("processes"),
+        min_machines_running=_min_machines(table),
+        processes=_processes(table),
         checks=tuple(_check(check, f"http-{number}", "http", port) for number, check in checks),
     )
     if service.force_https:
@@ -413,6 +431,13 @@ def _http_service(table: _Table | None) -> HttpService | None:
     table.unserved("machine_checks")
     table.close()
     return service
+
+
+def _min_machines(table: _Table) -> int:
+    count = table.whole("min_machines_running", 0, 100) or 0
+    if count > 1:
+        table.warn("min_machines_running", "is accepted, but one machine runs, and always")
+    return count
 
 
 def _named_checks(table: _Table | None, default_port: int | None) -> tuple[Check, ...]:
@@ -441,6 +466,8 @@ def _check(table: _Table, name: str, kind: str, port: int) -> Check:
         timeout_s=_or(table.duration("timeout", 0.1, 60, bare="ms"), 10.0),
         grace_period_s=_or(table.duration("grace_period", 0, 3600, bare="ms"), 0.0),
     )
+    if "interval" in table:
+        table.warn("interval", "is accepted, but a check is not repeated once the machine is healthy")
     if kind == "http":
         check = _http_part(table, check)
     table.unserved("protocol", "tls_skip_verify", "tls_server_name")
@@ -479,20 +506,41 @@ def _mount(table: _Table) -> Mount:
         table.fail("", f"expected the keys source and destination; {'destination' if source else 'source'} is missing")
     if not _VOLUME_NAME.fullmatch(source):
         table.wrong("source", "a volume's name, at most 30 lower-case letters, digits and underscores")
-    parts = destination.split("/")
-    if parts[0] or ".." in parts or "." in parts or ":" in destination or destination.strip("/") == "":
-        table.wrong("destination", "an absolute path in the container other than /")
     size_mb = _size_mb(table)
     mount = Mount(
         source=source,
-        destination="/" + "/".join(part for part in parts if part),
+        destination=_destination(table, destination),
         initial_size_mb=size_mb,
-        processes=table.texts("processes"),
+        processes=_processes(table),
     )
     table.unserved("snapshot_retention", "scheduled_snapshots")
     table.unserved("auto_extend_size_threshold", "auto_extend_size_increment", "auto_extend_size_limit")
     table.close()
     return mount
+
+
+def _destination(table: _Table, text: str) -> str:
+    """Where a volume may be without hiding what the container itself needs to run."""
+    parts = text.split("/")
+    inner = [part for part in parts if part]
+    if parts[0] or not inner or {"..", "."} & set(parts) or ":" in text or not text.isprintable():
+        table.wrong("destination", "an absolute path in the container, without colons and controls, other than /")
+    if inner[0] in _KERNEL_DIRS or (len(inner) == 1 and inner[0] in _SYSTEM_DIRS) or tuple(inner) in _SYSTEM_SUBDIRS:
+        table.fail(
+            "destination",
+            f"a volume at {text} hides what the container runs from; choose a folder of its own, such as /data",
+        )
+    return "/" + "/".join(inner)
+
+
+def _processes(table: _Table) -> tuple[str, ...]:
+    """The groups that a table is for. There is one, and a table for others is served for it all the same."""
+    groups = table.texts("processes")
+    if groups not in ((), (USUAL_GROUP,)):
+        table.warn(
+            "processes", f"is accepted, but there is one group, {USUAL_GROUP}: what this table asks for is done for it"
+        )
+    return groups
 
 
 def _size_mb(table: _Table) -> int | None:
@@ -510,7 +558,7 @@ def _size_mb(table: _Table) -> int | None:
 def _deploy(table: _Table | None) -> Deploy:
     if table is None:
         return Deploy()
-    deploy = Deploy(wait_timeout_s=_or(table.duration("wait_timeout", 1, 86400, bare="s"), 300.0))
+    deploy = Deploy(wait_timeout_s=table.duration("wait_timeout", 1, 86400, bare="s"))
     table.unserved("strategy", "max_unavailable", "release_command", "release_command_timeout", "release_command_vm")
     table.unserved("seed_command")
     table.close()

@@ -13,7 +13,10 @@ import msgspec
 
 from minipaas.errors import BadName
 
-RESERVED_NAMES = frozenset({"internal", "flycast", "www", "api", "admin"})
+RESERVED_NAMES = frozenset({"internal", "flycast", "www", "api", "admin", "localhost"})
+MAX_DOMAIN = 253 - 64
+"""Characters: the name of an app and a dot go before it."""
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -27,6 +30,30 @@ def check_name(name: str, what: str = "app") -> str:
     if name in RESERVED_NAMES:
         raise BadName(f"{name!r} is reserved; choose another name for {what}")
     return name
+
+
+def check_domain(domain: str) -> str:
+    """The domain itself, if apps may be named below it: ASCII, lower case, no scheme, port, path or dot at the end. Raises BadName."""
+    if _is_domain(domain):
+        return domain
+    near = _plain_domain(domain)
+    hint = f"did you mean {near}?" if _is_domain(near) else "write a bare name such as apps.example.com"
+    raise BadName(f"{domain!r} is not a domain for apps; {hint}")
+
+
+def _is_domain(text: str) -> bool:
+    labels = text.split(".")
+    return len(text) <= MAX_DOMAIN and all(_LABEL.fullmatch(label) for label in labels) and not labels[-1].isdecimal()
+
+
+def _plain_domain(text: str) -> str:
+    """What was probably meant."""
+    host = text.strip().partition("://")[2] or text.strip()
+    host = re.split("[/:?#]", host)[0].strip(".").lower()
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return host
 
 
 def new_machine_id() -> str:

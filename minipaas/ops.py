@@ -7,12 +7,12 @@ between or within any two of them only has to plan again.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from minipaas import volumes
 from minipaas.engine import Container, Engine
 from minipaas.errors import (
     ContainerMissing,
@@ -26,7 +26,7 @@ from minipaas.errors import (
 from minipaas.facts import Facts
 from minipaas.health import Listener, Prober, explain, first_failure, listeners
 from minipaas.model import Machine, Node, Volume
-from minipaas.protection import Backups, StoreError
+from minipaas.protection import Backups
 from minipaas.router import Router
 from minipaas.sealing import Sealer
 from minipaas.settings import Limits, Settings
@@ -39,6 +39,7 @@ from minipaas.workload import (
     runs,
     volume_ids,
 )
+from replicator import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ class World:
     def directory(self, volume: Volume) -> Path:
         return self.settings.volume_dir(volume.app, volume.name)
 
+    def missing(self, volume: Volume) -> str:
+        """Why a volume that was made is not in its directory; '' when it is."""
+        return volumes.missing(self.settings, volume)
+
 
 class Operation(Protocol):
     @property
@@ -116,18 +121,23 @@ class EnsureVolume:
         return f"watch volume {self.volume.name}"
 
     def apply(self, world: World) -> None:
-        directory = world.directory(self.volume)
         if self.volume.state == "creating":
-            _make_volume_directory(directory)
-        elif not directory.is_dir():
-            raise VolumeGone(
-                f"the directory of volume {self.volume.name} of {self.volume.app} is gone: {directory}; "
-                "mount its disk or put it back (it is not made anew: an empty one would hide the loss)"
-            )
-        world.backups.watch_volume(self.volume.id, directory)
+            volumes.make(world.settings, self.volume)
+            volumes.mark(world.settings, self.volume)
+        else:
+            volumes.put_back(world.settings, self.volume)
+            self._check_present(world)
+        world.backups.watch_volume(self.volume.id, world.directory(self.volume))
         world.facts.set_watched(self.volume.id, True)
         if self.volume.state == "creating":
             world.state.set_volume_state(self.volume.id, "created")
+
+    def _check_present(self, world: World) -> None:
+        """What is replicated of a volume that is not there would look like a deletion of all its databases."""
+        if world.missing(self.volume):
+            world.backups.forget_volume(self.volume.id)
+            world.facts.set_watched(self.volume.id, False)
+            raise _gone(world, self.volume)
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,11 @@ class RestoreVolume:
         return f"restore volume {self.volume.name} from the bucket"
 
     def apply(self, world: World) -> None:
-        directory = world.directory(self.volume)
-        _make_volume_directory(directory)
+        directory = volumes.make(world.settings, self.volume)
         world.backups.restore_volume(
             self.volume.id, directory, lambda text: world.facts.set_words(self.volume.id, text)
         )
+        volumes.mark(world.settings, self.volume)
         world.facts.clear_words(self.volume.id)
         world.state.set_volume_state(self.volume.id, "created")
 
@@ -179,7 +189,11 @@ class SyncVolume:
 
 @dataclass(frozen=True)
 class PurgeVolume:
-    """The time after destroy is over: its directory goes. What is in the bucket is left to retention."""
+    """The time after destroy is over: its directory goes. What is in the bucket is left to retention.
+
+    It is set aside before the state forgets it, and deleted after, so that an app that is brought back in this very moment has
+    its volume, and a new volume of the same name has nothing of the old one.
+    """
 
     volume: Volume
 
@@ -193,19 +207,15 @@ class PurgeVolume:
     def apply(self, world: World) -> None:
         world.backups.forget_volume(self.volume.id)
         world.facts.set_watched(self.volume.id, False)
-        directory = world.directory(self.volume)
-        if directory.exists():
-            shutil.rmtree(directory)
-        world.state.purge_volume(self.volume.id)
+        volumes.set_aside(world.settings, self.volume)
+        if world.state.purge_volume(self.volume.id):
+            volumes.discard(world.settings, self.volume)
+        else:
+            volumes.put_back(world.settings, self.volume)
 
 
-def _make_volume_directory(directory: Path) -> None:
-    """Containers run as any user, so that the directory is open to all of them; the folder above keeps the host's users out."""
-    root = directory.parent.parent
-    root.mkdir(parents=True, exist_ok=True)
-    root.chmod(0o700)
-    directory.mkdir(parents=True, exist_ok=True)
-    directory.chmod(0o777)
+def _gone(world: World, volume: Volume) -> VolumeGone:
+    return VolumeGone(f"volume {volume.name} of {volume.app} is missing: {world.missing(volume)}")
 
 
 # -- images and machines -----------------------------------------------------------------------------------------------
@@ -247,6 +257,9 @@ class StartMachine:
         self._note_crash(world, next((each for each in containers if each.name == name), None))
         sealed = world.state.release_secrets(self.app, self.workload.release)
         secrets = {key: world.sealer.unseal(value) for key, value in sealed.items()}
+        for volume in self.volumes:
+            if world.missing(volume):
+                raise _gone(world, volume)
         directories = {volume.id: world.directory(volume) for volume in self.volumes}
         spec = container_spec(self.workload, self.machine, world.node, self.volumes, directories, secrets)
         world.facts.note_start(self.machine)
@@ -496,4 +509,12 @@ class PurgeApp:
         return f"forget {self.app}"
 
     def apply(self, world: World) -> None:
+        """Its images leave the engine first, as nobody knows their names after; should the app be brought back, they are in the bucket."""
+        for image in {release.image for release in world.state.releases(self.app)}:
+            try:
+                world.engine.images.remove(image)
+            except EngineUnavailable:
+                raise
+            except EngineError as error:  # a container of somebody else uses it
+                log.warning("an image stays in the engine", extra={"image": image, "reason": str(error)})
         world.state.purge_app(self.app)

@@ -53,7 +53,7 @@ class Seen:
     """Facts about one app on one node.
 
     containers: all of the app, running or not. healthy, unhealthy: container ids; a container in neither was not checked yet.
-    watched: ids of volumes whose directory is there and replicated. present: ids of volumes whose directory is there.
+    watched: ids of volumes that are in their directory and replicated. present: ids of volumes that are in their directory.
     images: references that the engine has. route: in force at the edge. resting: ids of machines that crashed and may not
     be started yet. purge_due: the time to keep a destroyed app is over.
     """

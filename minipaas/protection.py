@@ -1,6 +1,6 @@
 """What the platform asks of whoever keeps its data safe in object storage: the protocol, and the values it returns.
 
-Owns the interface, and the names of the store that the platform uses. The adapter is ``backups``; this never does I/O.
+Owns the interface. The adapter is ``backups``; this never does I/O.
 """
 
 from __future__ import annotations
@@ -10,17 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from replicator import ObjectMissing, ObjectStore, PreconditionFailed, ReplicatorError, StoreError
-
-__all__ = [
-    "Backups",
-    "DatabaseState",
-    "ObjectMissing",
-    "ObjectStore",
-    "PreconditionFailed",
-    "ReplicatorError",
-    "StoreError",
-]
+from replicator import ObjectStore
 
 
 @dataclass(frozen=True)

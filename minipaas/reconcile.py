@@ -25,8 +25,8 @@ from minipaas.errors import (
 from minipaas.model import App
 from minipaas.ops import MachineFailed, MarkFailed, Operation, Overtaken, World
 from minipaas.plan import Seen, Wanted, plan, presumed_route
-from minipaas.protection import ReplicatorError
 from minipaas.workload import LABEL_APP, default_host, runs, workload_of
+from replicator import ReplicatorError
 
 MAX_ROUNDS = 50
 EXPECTED = (PlatformError, ReplicatorError, OSError)
@@ -294,7 +294,7 @@ class Reconciler:
 
     def _seen(self, wanted: Wanted, containers: Sequence[Container]) -> Seen:
         world, facts = self._world, self._world.facts
-        present = frozenset(volume.id for volume in wanted.volumes if world.directory(volume).is_dir())
+        present = frozenset(volume.id for volume in wanted.volumes if not world.missing(volume))
         purge_after_ms = wanted.app.purge_after_ms
         return Seen(
             containers=tuple(each for each in containers if each.labels.get(LABEL_APP) == wanted.app.name),

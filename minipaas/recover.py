@@ -18,13 +18,14 @@ import msgspec
 from minipaas import access, backups, sealing
 from minipaas.errors import FleetHeld, NodeNotEmpty, WrongRecoveryKey
 from minipaas.fleet import FleetRecord, fleet_lease, read_fleet
-from minipaas.model import Node, check_name
+from minipaas.model import Node, check_domain, check_name
 from minipaas.sealing import Identity
 from minipaas.settings import (
     LEASE_TTL_S,
     LOST,
     Credentials,
     Settings,
+    check_listens,
     settings_path,
     write_credentials,
     write_private,
@@ -70,8 +71,12 @@ def recover(request: Recovery, say: Callable[[str], None], *, now_ms: Callable[[
     alive holds the bucket). Raises later what a store or a disk does; run it again then.
     """
     check_name(request.node, "a node")
+    check_name(request.region, "a region")
+    if request.domain:
+        check_domain(request.domain)
+    check_listens(http_listen=request.http_listen, api_listen=request.api_listen)
+    fleet = _find_fleet(request, say)
     bucket = backups.open_bucket(request.bucket, request.credentials)
-    fleet = read_fleet(bucket)
     owner = _check_key(request.recovery_key, fleet)
     marker = _check_directory(request.data_dir, fleet)
     _take(bucket, marker.node_id, request, say)
@@ -82,6 +87,13 @@ def recover(request: Recovery, say: Callable[[str], None], *, now_ms: Callable[[
     write_settings(settings)
     (request.data_dir / MARKER).unlink()
     return settings
+
+
+def _find_fleet(request: Recovery, say: Callable[[str], None]) -> FleetRecord:
+    bucket = backups.open_bucket(request.bucket, request.credentials, backups.PROBE_PATIENCE_S)
+    say(f"reaching {bucket.url}")
+    with backups.reaching(bucket, keys_given=request.credentials is not None):
+        return read_fleet(bucket)
 
 
 def _check_key(recovery_key: str, fleet: FleetRecord) -> Identity:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,12 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
-from waitress import wasyncore
-from waitress.server import BaseWSGIServer, create_server
-
-from minipaas import bundle
+from minipaas import bundle, volumes
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
 from minipaas.engine import Engine
@@ -31,17 +30,20 @@ from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
 from minipaas.ops import World
 from minipaas.progress import Hub
-from minipaas.protection import Backups, ReplicatorError
+from minipaas.protection import Backups
 from minipaas.reconcile import Reconciler, StopClock
 from minipaas.router import Router
 from minipaas.sealing import Sealer, read_node_identity
 from minipaas.service import Parts, Platform
-from minipaas.settings import Limits, Settings, listen_address
+from minipaas.settings import Limits, Settings, listen_address, settings_path
 from minipaas.sources import Builder
 from minipaas.state import State
 from minipaas.tenure import Lease, Tenure, close_edge, end_containers
 from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
+from minipaas.web.door import listening
+from minipaas.web.sessions import Sessions
+from replicator import ReplicatorError
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +115,15 @@ class Server:
                 sentences.append("a change was under way; it goes on at the next start")
         sentences += self._ship(limits.stop_sync_s)
         self._open.close()
+        if self.lost:
+            PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
         return sentences
 
     def _build(self, undo: ExitStack) -> None:
         settings, limits = self.settings, self._wiring.limits
         _make_directories(settings)
         undo.enter_context(data_lock(settings))
+        scratch = _emptied(settings.data_dir / "scratch")
         self.state = undo.enter_context(_closing(State(settings.state_path, now_ms)))
         sealer = Sealer(read_node_identity(settings.key_path), self.state.fleet().recovery_recipient)
         node = next((node for node in self.state.nodes() if node.id == settings.node_id), None)
@@ -126,6 +131,7 @@ class Server:
             raise NotFound(
                 f"{settings.state_path} does not know node {settings.node_id}; recover on an empty directory"
             )
+        volumes.clean(settings, {volume.id for volume in self.state.volumes()})
         undo.callback(self._leaving.set)
         try:
             self._tenure.begin(on_lost=self.ended.set)
@@ -138,7 +144,6 @@ class Server:
         backups = self._wiring.backups(settings, self._tenure.epoch)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
-        scratch = settings.data_dir / "scratch"
         clock = StopClock()
         hub = Hub()
         self.world = World(
@@ -192,6 +197,7 @@ class Server:
             failures.append(f"the engine could not be asked what runs here, stop it by hand: {error}")
         for failure in failures:
             log.error(failure)
+        PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
 
     def _ship(self, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
@@ -234,7 +240,7 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         watched = [each for each in state.volumes() if each.state == "created"]
-        watched = [each for each in watched if settings.volume_dir(each.app, each.name).is_dir()]
+        watched = [each for each in watched if not volumes.missing(settings, each)]
         for volume in watched:
             backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
         count, failures = end_containers(engine)
@@ -249,7 +255,9 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         for words in late:
             say(f"NOT durable yet: {words}")
     wiring.edge(settings).stop()
-    PodmanService(settings.data_dir, settings.run_dir).stop()
+    podman = PodmanService(settings.data_dir, settings.run_dir)
+    podman.stop()
+    podman.unmount()
     say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
 
 
@@ -281,9 +289,16 @@ def now_ms() -> int:
 
 
 def _make_directories(settings: Settings) -> None:
-    for directory in (settings.run_dir, settings.volumes_dir, settings.data_dir / "scratch"):
+    for directory in (settings.run_dir, settings.volumes_dir):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.data_dir.chmod(0o700)
+
+
+def _emptied(directory: Path) -> Path:
+    """What a process that was killed left in it is nobody's: whoever asks holds the lock on the data directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
 
 
 class _Closable(Protocol):
@@ -317,33 +332,15 @@ def _late(what: str, sync: Callable[[float], None], deadline: float) -> list[str
 @contextmanager
 def _api(platform: Platform, settings: Settings, limits: Limits) -> Iterator[None]:
     """The API answers while the context lasts. Raises Unavailable when the address cannot be had."""
-    server = _listen(platform, settings, limits)
-    thread = threading.Thread(target=server.run, name="api", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.task_dispatcher.shutdown(cancel_pending=True, timeout=1)
-        server.close()
-        wasyncore.close_all(server._map)
-        thread.join(2.0)
-
-
-def _listen(platform: Platform, settings: Settings, limits: Limits) -> BaseWSGIServer:
     host, port = listen_address(settings.api_listen, "api_listen")
     app = create_app(platform, limits)
-    pages.install(app, platform, limits, pages.session_key(settings.data_dir / "session.key"))
-    try:
-        return create_server(
-            app,
-            host=host,
-            port=port,
-            threads=limits.api_threads,
-            max_request_body_size=limits.upload_bytes,
-            channel_request_lookahead=1,
-            ident=None,
-        )
-    except OSError as error:
-        raise Unavailable(
-            f"the API cannot listen on {settings.api_listen}: {error.strerror}; set api_listen"
-        ) from error
+    pages.install(app, platform, limits, Sessions(settings.data_dir / "sessions.json", now_ms))
+    with ExitStack() as undo:
+        try:
+            undo.enter_context(listening(app, host, port, limits, platform.authenticate))
+        except OSError as error:
+            raise Unavailable(
+                f"the API cannot listen on {settings.api_listen}: {error.strerror}; stop what uses it, or set another api_listen in "
+                f"{settings_path(settings.data_dir)}"
+            ) from error
+        yield

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from minipaas import manifest as manifests
 from minipaas import views
@@ -28,10 +27,11 @@ from minipaas.errors import (
     DeployFailed,
     EngineError,
     NotFound,
+    SealBroken,
     TimedOut,
     Unavailable,
 )
-from minipaas.manifest import Manifest
+from minipaas.manifest import HttpService, Manifest
 from minipaas.model import (
     App,
     Machine,
@@ -44,13 +44,13 @@ from minipaas.model import (
 )
 from minipaas.ops import World
 from minipaas.progress import Hub, Turns
-from minipaas.protection import StoreError
 from minipaas.reconcile import Reconciler
 from minipaas.settings import listen_address
 from minipaas.sources import Builder, Source, image_tag
 from minipaas.state import NewRelease
 from minipaas.uploads import Uploads
 from minipaas.workload import LABEL_APP, LABEL_MACHINE, check_variable, container_name, default_host, runs, workload_of
+from replicator import StoreError
 
 MAX_SECRET_BYTES = 64 * 1024
 
@@ -75,12 +75,24 @@ def _silent(progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args."""
+    """manifest: text of minipaas.toml; file: its name, for messages. build_args: win over [build] args.
+
+    manifest None: the configuration of the last release that was live, or the usual one for an app that never had one.
+    """
 
     source: Source
-    manifest: str
+    manifest: str | None
     file: str = "minipaas.toml"
     build_args: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SecretsChange:
+    """changed: names of secrets that are not as they were, or not as the app that runs has them. release: the number of the one
+    that runs with them now; None when nothing changed, or nothing runs."""
+
+    changed: tuple[str, ...] = ()
+    release: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class Platform:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._world, self._state = parts, parts.world, parts.world.state
-        self._turns = Turns()
+        self._turns = Turns(self._world.limits.waiting_changes)
         self._http_port = listen_address(self._world.settings.http_listen, "http_listen")[1]
         self._state.subscribe(lambda app: parts.hub.publish(app, ""))
         self._state.subscribe(lambda app: self._world.facts.touch())
@@ -142,12 +154,16 @@ class Platform:
     def restart(self, principal: Principal, name: str, on_progress: OnProgress = _silent) -> None:
         """Every machine is started anew, requests wait meanwhile; returns when all are healthy. Raises Unavailable, TimedOut."""
         authorise(principal, Action.RESTART, name)
-        with self._turn(name, f"a restart by {principal.name}", on_progress), self._parts.hub.listen(name) as lines:
+        limit_s = self._world.limits.restart_wait_s
+        with (
+            self._turn(name, f"a restart by {principal.name}", on_progress, limit_s),
+            self._parts.hub.listen(name) as lines,
+        ):
             self._existing(name)
             if self._state.desired(name).live is None:
                 raise Conflict(f"{name} has no release that runs; deploy one first")
             self._state.restart_machines(name)
-            self._until(name, lines, on_progress, self._world.limits.restart_wait_s, lambda: self._restarted(name))
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name))
 
     # -- releases
 
@@ -168,7 +184,7 @@ class Platform:
         check_name(name)
         manifest = self._read_manifest(name, request, on_progress)
         try:
-            with self._turn(name, f"a deploy by {principal.name}", on_progress):
+            with self._turn(name, f"a deploy by {principal.name}", on_progress, self._world.limits.turn_wait_s):
                 self._ensure_app(principal, name, on_progress)
                 number = self._state.next_release(name)
                 tag = image_tag(name, number)
@@ -190,20 +206,24 @@ class Platform:
 
     def set_secrets(
         self, principal: Principal, name: str, values: Mapping[str, str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
-        """Sealed and kept; a running app gets them with a new release of the same image. None when nothing runs yet."""
+    ) -> SecretsChange:
+        """Sealed and kept; a running app gets what is new with a new release of the same image. Raises BadRequest for no values."""
         authorise(principal, Action.SECRETS, name)
+        if not values:
+            raise BadRequest("no secret is named; give at least one, with its value")
         for key, value in values.items():
             check_variable(key)
             if len(value.encode()) > MAX_SECRET_BYTES or "\0" in value:
                 raise BadRequest(f"the value of {key} is longer than {MAX_SECRET_BYTES >> 10} KiB, or has a zero byte")
-        sealed = {key: self._world.sealer.seal(value) for key, value in values.items()}
-        return self._change_secrets(principal, name, sealed, (), on_progress)
+        return self._change_secrets(principal, name, values, (), on_progress)
 
     def unset_secrets(
         self, principal: Principal, name: str, names: Sequence[str], on_progress: OnProgress = _silent
-    ) -> views.ReleaseView | None:
+    ) -> SecretsChange:
+        """Raises NotFound when one of them is not there, BadRequest when none is named."""
         authorise(principal, Action.SECRETS, name)
+        if not names:
+            raise BadRequest("no secret is named; give the names of those that are to go")
         unknown = sorted(set(names) - set(self._state.secret_times(name)))
         if unknown:
             raise NotFound(f"{name} has no secret {', '.join(unknown)}; see: minipaas secrets list")
@@ -244,14 +264,21 @@ class Platform:
         """Wait, but not longer than minipaas runs."""
         self._world.clock.wait(seconds)
 
-    def upload(self, principal: Principal, stream: IO[bytes]) -> str:
-        """Store the bytes of a readable stream; the id of the upload, good for one deploy."""
+    def begin_upload(self, principal: Principal) -> str:
+        """The id of an upload, good for one deploy, whose bytes follow in parts."""
         authorise(principal, Action.DEPLOY)
-        return self._parts.uploads.store(stream)
+        return self._parts.uploads.begin()
+
+    def write_upload(self, principal: Principal, upload: str, at: int, part: bytes) -> int:
+        """Put bytes at an offset, each part at once or again; the size so far. Raises Conflict when a part before is missing."""
+        authorise(principal, Action.DEPLOY)
+        return self._parts.uploads.write(upload, at, part)
 
     # -- a deploy, step by step
 
     def _read_manifest(self, name: str, request: DeployRequest, on_progress: OnProgress) -> Manifest:
+        if request.manifest is None:
+            return self._manifest_without_file(name, on_progress)
         manifest, warnings = manifests.parse(request.manifest, request.file)
         for warning in warnings:
             on_progress(Progress("warning", warning))
@@ -260,6 +287,22 @@ class Platform:
                 f"{request.file} says app = {manifest.app!r}, but {name!r} is to be deployed; change one of them"
             )
         return manifest
+
+    def _manifest_without_file(self, name: str, on_progress: OnProgress) -> Manifest:
+        """Of the last release that was live: whoever sends no file means to change nothing in it, its volumes least of all."""
+        served = (ReleaseStatus.LIVE, ReleaseStatus.SUPERSEDED)
+        last = next((release for release in self._state.releases(name) if release.status in served), None)
+        if last is not None:
+            on_progress(Progress("step", f"configured as v{last.number}, since no file came with it"))
+            return Manifest.from_json(last.config)
+        on_progress(
+            Progress(
+                "warning",
+                f"no minipaas.toml came with it: {name} is to listen on $PORT, and has no volume, so that what it writes is lost "
+                "with its container",
+            )
+        )
+        return Manifest(http_service=HttpService())
 
     def _ensure_app(self, principal: Principal, name: str, on_progress: OnProgress) -> None:
         try:
@@ -300,10 +343,10 @@ class Platform:
             self._settled(name, lines, on_progress)
             self._state.add_release(self._new_release(name, number, tag, digest, config))
             self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
-        release = self._state.release(name, number)
-        if release.status == ReleaseStatus.FAILED:
-            raise DeployFailed(f"{name} v{number}: {release.message}{self._still_serving(name)}")
-        self._drop_old_images(name)
+            release = self._state.release(name, number)
+            self._drop_old_images(name)
+            if release.status == ReleaseStatus.FAILED:
+                raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
         return views.release_view(release)
 
     def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
@@ -338,16 +381,32 @@ class Platform:
     def _decided(self, name: str, number: int) -> bool:
         return self._state.release(name, number).status != ReleaseStatus.DEPLOYING
 
-    def _still_serving(self, name: str) -> str:
+    def _back(self, name: str, lines: queue.Queue[str], on_progress: OnProgress) -> str:
+        """Wait until the release before a failed one serves; words for what is true by then."""
         live = self._state.desired(name).live
-        return f"\nv{live.number} goes on serving." if live else ""
+        if live is None:
+            return ""
+        limit_s = self._world.limits.restart_wait_s
+        try:
+            self._until(name, lines, on_progress, limit_s, lambda: self._restarted(name) and self._reached(name))
+        except (TimedOut, Unavailable) as error:
+            return f"; v{live.number} does not serve either: {error}"
+        return f"; v{live.number} goes on serving" if self._state.desired(name).live else ""
+
+    def _reached(self, name: str) -> bool:
+        """Requests go to it, if any are to."""
+        route = self._world.router.route(name)
+        return route is None or (bool(route.upstreams) and not route.held)
+
+    def _is_up(self, machine: Machine) -> bool:
+        container = self._world.facts.container(container_name(machine))
+        return container is not None and runs(container, machine) and container.id in self._world.facts.healthy()
 
     def _restarted(self, name: str) -> bool:
         """Every machine runs since the restart and is healthy. Raises Unavailable when one has failed."""
         facts = self._world.facts
         for machine in self._state.machines(name):
-            container = facts.container(container_name(machine))
-            if container is None or not runs(container, machine) or container.id not in facts.healthy():
+            if not self._is_up(machine):
                 words = facts.words(machine.id)
                 if words and facts.wait_before_start(machine) > 0:
                     raise Unavailable(f"{name} does not come up again: {words}; see: minipaas logs")
@@ -385,27 +444,47 @@ class Platform:
             if line := lines.get_nowait():
                 on_progress(Progress("step", line, number))
 
-    def _turn(self, name: str, who: str, on_progress: OnProgress) -> AbstractContextManager[None]:
-        return self._turns.take(name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")))
+    def _turn(self, name: str, who: str, on_progress: OnProgress, limit_s: float) -> AbstractContextManager[None]:
+        return self._turns.take(
+            name, who, lambda holder: on_progress(Progress("step", f"waiting for {holder}")), limit_s
+        )
 
     def _change_secrets(
         self,
         principal: Principal,
         name: str,
-        put: Mapping[str, bytes],
+        put: Mapping[str, str],
         drop: Sequence[str],
         on_progress: OnProgress,
-    ) -> views.ReleaseView | None:
-        with self._turn(name, f"a change of secrets by {principal.name}", on_progress):
+    ) -> SecretsChange:
+        limit_s = self._world.limits.restart_wait_s
+        with self._turn(name, f"a change of secrets by {principal.name}", on_progress, limit_s):
             self._existing(name)
-            self._state.change_secrets(name, put, drop)
             live = self._state.desired(name).live
+            before = self._opened(self._state.secrets(name))
+            after = {key: value for key, value in {**before, **put}.items() if key not in drop}
+            running = self._opened(self._state.release_secrets(name, live.number)) if live else after
+            names = sorted({*before, *after, *running})
+            changed = tuple(key for key in names if not before.get(key) == after.get(key) == running.get(key))
+            if not changed:
+                return SecretsChange()
+            sealed = {key: self._world.sealer.seal(put[key]) for key in put if key in changed}
+            self._state.change_secrets(name, sealed, drop)
             if live is None:
-                return None
+                return SecretsChange(changed)
             number = self._state.next_release(name)
-            return self._release(
-                name, number, live.image, live.image_digest, live.config, self._world.limits.restart_wait_s, on_progress
-            )
+            self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            return SecretsChange(changed, number)
+
+    def _opened(self, secrets: Mapping[str, bytes]) -> dict[str, str | bytes]:
+        """Values; what cannot be opened stays as it is, so that it equals no value and can be set anew."""
+        return {name: self._unsealed(sealed) for name, sealed in secrets.items()}
+
+    def _unsealed(self, sealed: bytes) -> str | bytes:
+        try:
+            return self._world.sealer.unseal(sealed)
+        except SealBroken:
+            return sealed
 
     def _drop_image(self, tag: str) -> None:
         """Tidying up after a failure, which must stay the one that the user sees."""
@@ -417,11 +496,12 @@ class Platform:
             )
 
     def _drop_old_images(self, name: str) -> None:
-        """The engine keeps the last few; older ones are in the bucket."""
+        """The engine keeps what serves and the last few; older ones are in the bucket."""
+        live = self._state.desired(name).live
         images = list(dict.fromkeys(release.image for release in self._state.releases(name)))
-        kept = self._world.limits.engine_images
-        for image in images[kept : kept * 2]:
-            self._drop_image(image)
+        for image in images[self._world.limits.engine_images :]:
+            if live is None or image != live.image:
+                self._drop_image(image)
 
     # -- reading
 
@@ -453,7 +533,15 @@ class Platform:
         }
 
     def _database_views(self, volumes: Mapping[str, Volume]) -> list[views.DatabaseView]:
-        return [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        """Of what is replicated; and of each volume that is not, so that what nobody looks at is never called protected."""
+        found = [views.database_view(database, volumes) for database in self._world.backups.databases()]
+        for volume in volumes.values():
+            missing = self._world.missing(volume) if volume.state == "created" else ""
+            at_risk = views.volume_at_risk(volume, str(self._world.directory(volume)), missing, self._world.facts)
+            if at_risk is not None:
+                found = [each for each in found if each.volume != volume.id or not missing]
+                found.append(at_risk)
+        return found
 
     def _node_view(self) -> views.NodeView:
         settings, facts = self._world.settings, self._world.facts
@@ -469,7 +557,7 @@ class Platform:
             fleet=self._state.fleet().id,
             bucket=settings.bucket,
             troubles=troubles,
-            durable=all(each.words.startswith("protected") for each in databases),
+            durable=bool(databases) and all(each.words.startswith("protected") for each in databases),
             databases=databases,
         )
 
@@ -491,7 +579,7 @@ class Platform:
         self, container: Container, tail: int | None, follow: bool, gone: Callable[[], bool]
     ) -> Iterator[tuple[str, LogLine]]:
         try:
-            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow):
+            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow, gone=gone):
                 yield container.labels.get(LABEL_MACHINE, ""), line
                 if gone():
                     return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from pathlib import Path
 import msgspec
 
 from minipaas.errors import BadRequest, NotFound
+from minipaas.model import check_domain
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
 LOST = "lost"
 LEASE_TTL_S = 60.0
+EVERY_HOST = frozenset({"0.0.0.0", "::"})
+_HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Limits:
     healthy_within_s: float = 45.0
     health_poll_s: float = 0.1
     deploy_wait_s: float = 300.0
+    turn_wait_s: float = 1800.0
     restart_wait_s: float = 50.0
     stop_sync_s: float = 10.0
     stop_workers_s: float = 5.0
@@ -43,8 +48,13 @@ class Limits:
     unpacked_bytes: int = 8 << 30
     unpacked_files: int = 200_000
     upload_keep_s: float = 3600.0
+    connections: int = 512
+    request_within_s: float = 15.0
+    body_silence_s: float = 60.0
     followers: int = 8
-    api_threads: int = 24
+    changes: int = 8
+    waiting_changes: int = 3
+    api_threads: int = 32
     log_tail: int = 10
     engine_images: int = 3
     low_disk_bytes: int = 64 << 20
@@ -126,9 +136,12 @@ def read_settings(data_dir: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}") from error
     try:
-        return msgspec.convert({**values, "data_dir": str(data_dir)}, Settings, dec_hook=_to_path)
-    except msgspec.ValidationError as error:
+        settings = msgspec.convert({**values, "data_dir": str(data_dir)}, Settings, dec_hook=_to_path)
+        check_listens(http_listen=settings.http_listen, api_listen=settings.api_listen)
+        check_domain(settings.domain)
+    except (msgspec.ValidationError, BadRequest) as error:
         raise BadRequest(f"{path}: {error}") from error
+    return settings
 
 
 def write_settings(settings: Settings) -> None:
@@ -149,7 +162,8 @@ def _to_path(kind: type, value: object) -> Path:
 def read_credentials(data_dir: Path, environ: Mapping[str, str]) -> Credentials | None:
     """From MINIPAAS_ACCESS_KEY and MINIPAAS_SECRET_KEY, else AWS_…, else DATA/credentials; None when nowhere.
 
-    Raises BadRequest when only half of a pair is there.
+    None with temporary keys in AWS_… as well: those are for boto3, and not worth being kept. Raises BadRequest when only half of
+    a pair is there.
     """
     for access_name, secret_name in (
         ("MINIPAAS_ACCESS_KEY", "MINIPAAS_SECRET_KEY"),
@@ -157,7 +171,8 @@ def read_credentials(data_dir: Path, environ: Mapping[str, str]) -> Credentials 
     ):
         access, secret = environ.get(access_name), environ.get(secret_name)
         if access and secret:
-            return Credentials(access, secret)
+            temporary = access_name.startswith("AWS_") and environ.get("AWS_SESSION_TOKEN")
+            return None if temporary else Credentials(access, secret)
         if access or secret:
             raise BadRequest(f"of {access_name} and {secret_name} only one is set; set both, or neither")
     path = credentials_path(data_dir)
@@ -195,6 +210,21 @@ def write_private(path: Path, text: str) -> None:
 def listen_address(text: str, what: str) -> tuple[str, int]:
     """Host and port of ``HOST:PORT`` or ``[V6]:PORT``. Raises BadRequest."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+    if not _HOST.fullmatch(host) or not (port.isascii() and port.isdecimal()):
         raise BadRequest(f"{what} {text!r} is not an address; write HOST:PORT, such as 127.0.0.1:7070")
+    if len(port) > 5 or int(port) > 65535:
+        raise BadRequest(f"{what} {text!r}: there is no port {port}; choose one from 1 to 65535")
     return host.strip("[]"), int(port)
+
+
+def check_listens(**listens: str) -> None:
+    """By name: addresses, no two of which are the same port of this host. Raises BadRequest."""
+    known: list[tuple[str, str, int]] = []
+    for what, text in listens.items():
+        host, port = listen_address(text, what)
+        for other, other_host, other_port in known:
+            if port == other_port != 0 and (host == other_host or {host, other_host} & EVERY_HOST):
+                raise BadRequest(
+                    f"{other} and {what} are the same port, {port}, of this host; choose another for one of them"
+                )
+        known.append((what, host, port))

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+from minipaas import backups
 from minipaas.access import issue_local_token
-from minipaas.errors import BadRequest, Conflict, NodeNotEmpty, NotFound, Unavailable
+from minipaas.errors import BadRequest, Conflict, NodeNotEmpty, NotFound
 from minipaas.fleet import FleetRecord, read_fleet, write_fleet
-from minipaas.model import Fleet, Node, check_name
-from minipaas.protection import ObjectStore, PreconditionFailed, StoreError
+from minipaas.model import Fleet, Node, check_domain, check_name
 from minipaas.sealing import Identity, create_node_identity
-from minipaas.settings import Credentials, Settings, listen_address, write_credentials, write_settings
+from minipaas.settings import Credentials, Settings, check_listens, write_credentials, write_settings
 from minipaas.state import State
+from replicator import ObjectStore, PreconditionFailed
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,45 @@ class SetupResult:
     token: str = field(repr=False)
 
 
-def setup(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> SetupResult:
-    """Raises BadRequest, NodeNotEmpty, Conflict (the bucket holds a fleet), Unavailable; nothing is left behind then."""
+def _silent(sentence: str) -> None:
+    """For callers who only want the outcome."""
+
+
+def setup(request: SetupRequest, bucket: ObjectStore, now_ms: int, say: Callable[[str], None] = _silent) -> SetupResult:
+    """say: is told what goes on, and what is unwise.
+
+    Raises BadRequest, NodeNotEmpty, Conflict (the bucket holds a fleet), Unavailable; nothing is left behind then.
+    """
     check_name(request.node, "a node")
     check_name(request.region, "a region")
-    listen_address(request.http_listen, "http_listen")
-    listen_address(request.api_listen, "api_listen")
+    check_domain(request.domain)
+    check_listens(http_listen=request.http_listen, api_listen=request.api_listen)
     _check_empty(request.data_dir)
-    try:
+    if warning := disk_warning(request.bucket, request.data_dir):
+        say(f"Warning: {warning}")
+    say(f"reaching {bucket.url}")
+    with backups.reaching(bucket, keys_given=request.credentials is not None):
         _check_bucket(bucket)
         return _write(request, bucket, now_ms)
-    except StoreError as error:
-        raise Unavailable(f"{bucket.url} cannot be used: {error}") from error
+
+
+def disk_warning(bucket: str, data_dir: Path) -> str:
+    """Words for a bucket that would be lost together with the node, '' for any other. Raises BadRequest for one within the node."""
+    parts = urlsplit(bucket)
+    if parts.scheme != "file":
+        return ""
+    folder = Path(unquote(parts.path)).resolve()
+    if folder.is_relative_to(data_dir.resolve()):
+        raise BadRequest(
+            f"{bucket} is within {data_dir}, which it is to protect; name a folder on another disk, or a bucket"
+        )
+    if _disk_of(folder) != _disk_of(data_dir.resolve()):
+        return ""
+    return f"{bucket} is on the disk of {data_dir}: who loses that disk loses both, and nothing brings it back"
+
+
+def _disk_of(path: Path) -> int:
+    return next(each for each in (path, *path.parents) if each.exists()).stat().st_dev
 
 
 def _check_empty(data_dir: Path) -> None:

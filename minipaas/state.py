@@ -176,15 +176,25 @@ class State:
             self._add_event(name, "destroyed; its volumes are kept for now")
         return self.app(name)
 
-    def purge_volume(self, volume_id: str) -> None:
+    def purge_volume(self, volume_id: str) -> bool:
+        """Forget it, if its time after destroy is over and nobody has brought it back meanwhile. Whether it was forgotten."""
         with self._write(*self._apps_of_volume(volume_id)):
-            self._db.execute("DELETE FROM volumes WHERE id = ?", (volume_id,))
+            self._db.execute(
+                "DELETE FROM volumes WHERE id = ? AND destroyed_ms IS NOT NULL AND purge_after_ms <= ?",
+                (volume_id, self._clock_ms()),
+            )
+            return self._db.changes() == 1
 
     def purge_app(self, name: str) -> None:
-        """Forget a destroyed app whose volumes are gone."""
+        """Forget a destroyed app whose volumes are gone. Nothing happens when it was brought back meanwhile."""
         with self._write(name):
-            self._db.execute("DELETE FROM apps WHERE name = ? AND destroyed_ms IS NOT NULL", (name,))
-            self._add_event(name, "purged: its time after destroy is over")
+            self._db.execute(
+                "DELETE FROM apps WHERE name = ? AND destroyed_ms IS NOT NULL AND purge_after_ms <= ? "
+                "AND NOT EXISTS (SELECT 1 FROM volumes WHERE app = apps.name)",
+                (name, self._clock_ms()),
+            )
+            if self._db.changes():
+                self._add_event(name, "purged: its time after destroy is over")
 
     # -- releases and machines
 

@@ -16,8 +16,8 @@ from typing import Protocol
 from minipaas.edge import Edge
 from minipaas.engine import Engine
 from minipaas.errors import FleetHeld, PlatformError
-from minipaas.protection import ReplicatorError, StoreError
 from minipaas.settings import Settings, write_private
+from replicator import ReplicatorError, StoreError
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Owns the words and the JSON shapes. Pure, but for reading the state and facts it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -47,7 +48,10 @@ class VolumeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DatabaseView(msgspec.Struct, frozen=True, kw_only=True):
-    """words: protected (lag 0.2 s), catching up, or NOT PROTECTED with its reason."""
+    """words: protected (lag 0.2 s), catching up, or NOT PROTECTED with its reason.
+
+    path: of a file; of a directory for a volume whose databases nobody knows yet, or any more.
+    """
 
     volume: str
     app: str
@@ -153,13 +157,42 @@ def database_view(database: DatabaseState, volumes: Mapping[str, Volume]) -> Dat
     return DatabaseView(
         volume=database.volume_id,
         app=volume.app if volume else "",
-        path=str(database.path),
+        path=_printable(str(database.path)),
         words=database.words,
         reason=database.reason,
         lag_s=database.lag_s,
         durable=f"{database.timeline}:{database.durable_txid}" if database.timeline else "",
         durable_ms=database.durable_ms,
         size_bytes=database.size_bytes,
+    )
+
+
+def _printable(text: str) -> str:
+    """The bytes of a file's name need not be valid UTF-8."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
+def volume_at_risk(volume: Volume, directory: str, missing: str, facts: Facts) -> DatabaseView | None:
+    """What stands for the databases of a volume while nobody knows of them; None for one that is watched.
+
+    missing: why it is not in its directory.
+    """
+    if volume.destroyed_ms is not None or (volume.id in facts.watched() and not missing):
+        return None
+    trouble = facts.trouble(volume.app)
+    bad = (f"the volume is missing: {missing}" if missing else "") or (trouble.words if trouble else "")
+    restoring = facts.words(volume.id) or "the volume is being restored from the bucket"
+    busy = restoring if volume.state == "restoring" else "the volume is not watched yet"
+    return DatabaseView(
+        volume=volume.id,
+        app=volume.app,
+        path=directory,
+        words="NOT PROTECTED" if bad else "catching up",
+        reason=bad or busy,
+        lag_s=0.0,
+        durable="",
+        durable_ms=None,
+        size_bytes=0,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from minipaas.engine import Container, ContainerSpec, Mount
 from minipaas.errors import BadRequest
 from minipaas.health import Probe
-from minipaas.manifest import Check, Deploy, Manifest
+from minipaas.manifest import Check, Manifest
 from minipaas.model import Machine, Node, Release, Volume
 
 LABEL_NODE = "minipaas.node"
@@ -69,7 +69,7 @@ def workload_of(release: Release, domain: str) -> Workload:
         primary_region=manifest.primary_region or "",
         stop_signal=manifest.kill_signal,
         stop_timeout_s=math.ceil(manifest.kill_timeout_s),
-        wait_s=manifest.deploy.wait_timeout_s if manifest.deploy != Deploy() else None,
+        wait_s=manifest.deploy.wait_timeout_s,
         created_ms=release.created_ms,
     )
 

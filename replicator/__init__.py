@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from replicator.capture import CaptureSettings as CaptureSettings
     from replicator.config import Config as Config
     from replicator.config import load_config as load_config
+    from replicator.descriptors import raise_descriptor_limit as raise_descriptor_limit
+    from replicator.diff import Difference as Difference
+    from replicator.diff import RowChange as RowChange
+    from replicator.diff import SchemaChange as SchemaChange
     from replicator.errors import BucketMissing as BucketMissing
     from replicator.errors import ChainBroken as ChainBroken
     from replicator.errors import ConfigError as ConfigError
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
     from replicator.errors import LeaseLost as LeaseLost
     from replicator.errors import NothingToRestore as NothingToRestore
     from replicator.errors import ObjectMissing as ObjectMissing
+    from replicator.errors import PastIsReadOnly as PastIsReadOnly
     from replicator.errors import PreconditionFailed as PreconditionFailed
+    from replicator.errors import QueryFailed as QueryFailed
     from replicator.errors import ReplicatorError as ReplicatorError
     from replicator.errors import RestoreError as RestoreError
     from replicator.errors import StateMismatch as StateMismatch
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from replicator.errors import UsageError as UsageError
     from replicator.lease import Lease as Lease
     from replicator.lease import LeaseRecord as LeaseRecord
+    from replicator.past import Past as Past
+    from replicator.past import open_past as open_past
     from replicator.replica import Replica as Replica
     from replicator.restore import RestoreOptions as RestoreOptions
     from replicator.restore import RestorePlan as RestorePlan
@@ -57,6 +65,7 @@ if TYPE_CHECKING:
     from replicator.upkeep import UpkeepSettings as UpkeepSettings
     from replicator.values import Position as Position
     from replicator.values import Timeline as Timeline
+    from replicator.values import printable as printable
     from replicator.watch import Folder as Folder
     from replicator.worker import DatabaseStatus as DatabaseStatus
     from replicator.worker import Protection as Protection
@@ -67,13 +76,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "capture": "CaptureSettings",
     "config": "Config load_config",
+    "descriptors": "raise_descriptor_limit",
+    "diff": "Difference RowChange SchemaChange",
     "errors": (
         "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
         "DatabaseNotReplicable FormatError IntegrityCheckFailed LeaseHeld LeaseLost NothingToRestore "
-        "ObjectMissing PreconditionFailed ReplicatorError RestoreError StateMismatch StoreDenied StoreError "
+        "ObjectMissing PastIsReadOnly PreconditionFailed QueryFailed ReplicatorError RestoreError StateMismatch StoreDenied StoreError "
         "StoreUnavailable SyncTimeout TargetExists UsageError"
     ),
     "lease": "Lease LeaseRecord",
+    "past": "Past open_past",
     "replica": "Replica",
     "restore": "RestoreOptions RestorePlan RestoreReport plan_restore restore",
     "restored": "mark_restored",
@@ -81,7 +93,7 @@ _HOMES = {
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
     "upkeep": "UpkeepSettings",
-    "values": "Position Timeline",
+    "values": "Position Timeline printable",
     "watch": "Folder",
     "worker": "DatabaseStatus Protection WorkerSettings",
 }

@@ -167,11 +167,17 @@ class Capture:
         self._captured = captured
         self._loaded = True
 
+    def give_up(self) -> None:
+        """Forget what was captured, as nothing of it can be shipped any more; what waits is set aside. Raises OSError."""
+        self._spool.set_aside()
+        self._captured, self._loaded = None, True
+        self._spool.discard()
+
     def step(self) -> float | None:
         """Capture what is new. Returns seconds until it wants to be called again, None to wait for a change.
 
         Raises DatabaseError when the database cannot be captured now, NeedsTimeline when it must be given one first, and
-        OSError when the spool cannot be written.
+        LocalStateUnwritable or OSError when the spool cannot be written.
         """
         database = self._open()
         if database.journal is Journal.ROLLBACK:
@@ -185,6 +191,7 @@ class Capture:
         wait_s = self._checkpoint_if_due(database, captured=self._state.txid != before)
         self._note_figures(database)
         if self._spool.base_is_due(self._state):
+            self._note_file()
             self._spool.save_base(self._state)
         return let_by_s if wait_s is None or (let_by_s is not None and let_by_s < wait_s) else wait_s
 
@@ -194,15 +201,19 @@ class Capture:
 
     def let_go(self) -> None:
         """Close the database and its read lock. The next step compares, unless the WAL proves continuity."""
-        if self._database is not None:
-            self._database.close()
-        self._database = self._scanner = self._stamp = self._resting = None
-        self._continuous = False
+        try:
+            self._note_file()
+        finally:
+            if self._database is not None:
+                self._database.close()
+            self._database = self._scanner = self._stamp = self._resting = None
+            self._continuous = False
 
     def close(self) -> None:
         """The last thing. An up-to-date base makes the next start quick."""
         try:
-            if self._captured is not None and self._captured.txid != self._spool.base_txid:
+            self._note_file()
+            if self._captured is not None and self._captured.base() != self._spool.base:
                 self._spool.save_base(self._captured)
         finally:
             self.let_go()
@@ -219,7 +230,7 @@ class Capture:
             return self._spool.load()
         except LocalStateDamaged as error:
             log.warning("local state is damaged; a new timeline begins: %s", error)
-            self._spool.discard()
+            self.give_up()
             return None
 
     def load(self) -> None:
@@ -265,8 +276,15 @@ class Capture:
             self._spool.save_base(self._captured)
 
     def _begin(self, database: LiveDatabase) -> None:
-        """Take the read lock, and prove that the WAL goes on from the captured state; else compare."""
+        """Take the read lock, and prove that file and WAL go on from the captured state; else compare.
+
+        The WAL proves nothing of the file: a copy over it in place leaves the WAL as it is. So the file, too, must be the one that was
+        left. When somebody's checkpoint has written it meanwhile, that costs a comparison and nothing else.
+        """
+        was_held = database.holds_lock
         database.acquire()
+        if not was_held and self._state.file != database.stamp():
+            self._forget_place(database)
         cursor = _cursor(self._state.source, database.page_size)
         if cursor is not None and _holds(database, cursor):
             self._scanner, self._confirmed = Scanner(cursor), None
@@ -276,7 +294,7 @@ class Capture:
             except ContinuityLost as lost:
                 log.info("%s: %s", self.path, lost)
         if not self._continuous:
-            self._rebase(database, "what happened meanwhile is not known")
+            self._rebase(database, "what was written since the last time is not known")
 
     def _drain(self) -> None:
         """Capture everything that is committed now. Whatever it raises, continuity is proven anew afterwards.
@@ -299,15 +317,27 @@ class Capture:
 
         What SQLite has read of it is worth nothing then: it is opened again, and compared. Raises DatabaseBusy.
         """
-        if self._resting is None or self._resting == database.stamp():
+        if self._resting is None or self._resting.same_content(database.stamp()):
             return
+        self._continuous = False
         self.let_go()
-        self._captured = dataclasses.replace(
-            self._state,
-            source=dataclasses.replace(_NO_FILE, device=database.identity.device, inode=database.identity.inode),
-        )
+        self._forget_place(database)
         self._spool.save_base(self._state)
         raise DatabaseBusy(f"{self.path} was written by a program other than SQLite; it is opened again and compared")
+
+    def _forget_place(self, database: LiveDatabase) -> None:
+        """Only a comparison leads on from the captured state, however often it takes until one succeeds."""
+        nowhere = dataclasses.replace(_NO_FILE, device=database.identity.device, inode=database.identity.inode)
+        self._captured = dataclasses.replace(self._state, source=nowhere)
+
+    def _note_file(self) -> None:
+        """Keep in mind how the file is while it and the WAL, which stand still together, belong to the captured state."""
+        database = self._database
+        if database is not None and self._continuous and database.still_at_path():
+            stamp = database.settled_stamp()
+            if stamp and self._resting and not self._resting.same_content(stamp):
+                stamp = None  # written past SQLite; the next who looks compares
+            self._captured = dataclasses.replace(self._state, file=stamp)
 
     def _follow_restart(self, database: LiveDatabase) -> bool:
         """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured.
@@ -376,16 +406,27 @@ class Capture:
         self._continuous = False
         for _ in range(REBASE_TRIES):
             self._scanner = None
-            image = Image.newest(database)
+            image, before = Image.newest(database), self._state.hashes.page_count
             try:
-                self._append(image, self._compare(image), self._now_ms())
+                change = self._compare(image)
+                self._append(image, change, self._now_ms())
             except ContinuityLost:  # the WAL began anew meanwhile, which happens once at most under one lock
                 continue
+            self._captured = dataclasses.replace(self._state, source=_source(image))
             self._scanner = Scanner(image.cursor) if image.cursor else None
             self._confirmed = image.cursor
             self._continuous = True
             self.figures.rebases += 1
-            log.info("%s: compared with what was captured, since %s", self.path, reason)
+            if before:
+                log.info(
+                    "%s: %s; compared: %d of %d pages differ",
+                    self.path,
+                    reason,
+                    len(change.page_nos),
+                    change.page_count,
+                )
+            else:
+                log.info("%s: first copy of all %d pages", self.path, change.page_count)
             return
         raise DatabaseBusy(
             f"{self.path} changes while it is compared, in spite of a read lock; is it on a network file system?"
@@ -528,8 +569,6 @@ class Capture:
         wait_s = self._checkpoint(database)
         if is_abandoned and not self.figures.checkpoint_blocked and database.truncate_wal():
             self._drain()
-        if not self.figures.checkpoint_blocked:
-            self._resting = database.stamp()
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
@@ -549,6 +588,7 @@ class Capture:
             self._retry_s = min(self._retry_s * 2, longest_s)
             self._next_checkpoint_at = self._monotonic() + self._retry_s
             return self._retry_s
+        self._resting = result.rest if result else None
         self._retry_s = FIRST_CHECKPOINT_RETRY_S
         self._backfilled = self._scanner.cursor if self._scanner else None
         return None

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from replicator.errors import FormatError, PreconditionFailed
+from replicator.errors import FormatError, ObjectMissing, PreconditionFailed
 from replicator.store import ObjectStore
 
 ENTRIES = "databases/"
@@ -41,7 +41,7 @@ def decode(text: str) -> PurePosixPath:
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A database of a folder: who owned the file and who might read it when it was found, for the restore."""
+    """A database of a folder: who owns the file and who may read it, for the restore."""
 
     name: str
     mode: int
@@ -53,11 +53,32 @@ class Entry(msgspec.Struct, frozen=True):
 def register(store: ObjectStore, folder: Path, path: Path) -> ObjectStore:
     """Enter the database at ``path``, if it is not there yet; the store of its replica. Raises StoreError, OSError."""
     name = path.relative_to(folder)
-    status = path.stat()
-    entry = Entry(str(name), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
     with contextlib.suppress(PreconditionFailed):
-        store.put(f"{ENTRIES}{encode(name)}", msgspec.json.encode(entry), if_none_match=True)
+        store.put(_key(name), msgspec.json.encode(entry_of(folder, path)), if_none_match=True)
     return replica_of(store, name)
+
+
+def entry_of(folder: Path, path: Path) -> Entry:
+    """What the entry of the file should say now. Raises OSError."""
+    status = path.stat()
+    return Entry(str(path.relative_to(folder)), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+
+
+def renew(store: ObjectStore, entry: Entry) -> None:
+    """Replace what the store holds under the entry's key, if it says something else. One that is not there is left to ``register``.
+
+    Raises StoreError; PreconditionFailed when another writer has replaced it at the same time.
+    """
+    key, body = _key(Path(entry.name)), msgspec.json.encode(entry)
+    try:
+        if store.get(key) != body:
+            store.put(key, body, if_match=store.head(key).etag)
+    except ObjectMissing:
+        return
+
+
+def _key(name: Path | PurePosixPath) -> str:
+    return f"{ENTRIES}{encode(name)}"
 
 
 def replica_of(store: ObjectStore, name: Path | PurePosixPath) -> ObjectStore:

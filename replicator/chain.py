@@ -59,6 +59,22 @@ def plan(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], targ
     return Plan(target, tuple(chain))
 
 
+def between(
+    timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], start: Position, end: Position
+) -> tuple[SegmentRef, ...] | None:
+    """Increments that lead from ``start`` to ``end``, in the order of their txids: no other page changed in between.
+
+    The first may begin before ``start``. None when ``start`` is not in the history of ``end``, or when some are missing.
+    """
+    path = _path(timelines, end)
+    if not any(part.timeline == start.timeline and start.txid <= part.txid for part in path):
+        return None
+    increments = [ref for ref in _usable(timelines, segments, path) if not ref.is_snapshot]
+    found = _farthest_first(increments, start.txid, end.txid)
+    reached = found[-1].last if found else start.txid
+    return tuple(found) if reached == end.txid else None
+
+
 def restorable(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef]) -> dict[int, tuple[TxidRange, ...]]:
     """Per timeline, what it can restore of its own part (that of its ancestors is listed with them), ascending.
 

@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(code, {"error": str(error), "code": type(error).__name__})
 
     def _send(self, code: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+        body = json.dumps(document).encode() + b"\n"  # in ASCII, as a path may be no valid UTF-8
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -23,13 +23,16 @@ from types import FrameType
 
 from replicator import control
 from replicator.config import Config, DatabaseConfig
+from replicator.descriptors import raise_descriptor_limit
 from replicator.errors import NothingToRestore, ReplicatorError, SyncTimeout, UsageError
+from replicator.litestream.choice import choose
+from replicator.litestream.restore import restore as restore_litestream
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions, restore
 from replicator.restored import mark_restored
 from replicator.service import Replicator, default_state
 from replicator.store import ObjectStore
-from replicator.values import Position, format_time
+from replicator.values import Position, format_time, printable
 from replicator.worker import DatabaseStatus, Protection
 
 log = logging.getLogger("replicator.daemon")
@@ -47,7 +50,9 @@ CLOSING_S = 2.0
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{format_time(int(record.created * 1000))} {record.levelname.lower():7} {record.getMessage()}"
+        line = (
+            f"{format_time(int(record.created * 1000))} {record.levelname.lower():7} {printable(record.getMessage())}"
+        )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -61,7 +66,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -167,6 +172,7 @@ class Daemon:
     def run(self) -> int:
         """The exit code: 0 when everything is durable, else 1; that of the program if one ran and did not return 0."""
         command = shlex.split(self._options.exec_command)
+        raise_descriptor_limit()
         with self._signals.handled():
             stores = self._open_stores()
             for entry, store in stores:
@@ -273,17 +279,8 @@ class Daemon:
     # -- once ----------------------------------------------------------------------------------------------------------
 
     def _once(self) -> int:
-        outcomes = self._of_folders()
-        for status in self._replicator.status():
-            outcomes.append(self._ship_all(status.path))
+        outcomes = [self._ship_all(status.path) for status in self._replicator.status()]
         return 0 if self._finish(outcomes) else 1
-
-    def _of_folders(self) -> list[Outcome]:
-        """Databases of folders that could not even be taken up."""
-        known = {status.path for status in self._replicator.status()}
-        folders = [entry.folder for entry in self._config.databases if entry.folder is not None]
-        missed = [path for folder in folders for path in folder.databases() if path not in known]
-        return [Outcome(path, None, "it could not be taken up, see above") for path in missed]
 
     def _ship_all(self, path: Path) -> Outcome:
         """Wait as long as there is progress; give up when there was none for the time that a shutdown may take."""
@@ -334,8 +331,16 @@ class Daemon:
 
 
 def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
-    """Restore a database that is not there, from a replica that is. Raises RestoreError, StoreError."""
+    """Restore a database that is not there, from a replica that is, ours or Litestream's. Raises RestoreError, StoreError."""
     if entry.path.exists():
+        return
+    chosen = choose(store)
+    if chosen.besides:
+        log.warning("%s: %s", entry.path, chosen.besides)
+    if chosen.is_litestream:
+        found = restore_litestream(store, entry.path, RestoreOptions())
+        reached = format_time(found.reached_ms)
+        log.info("%s was not there; restored from Litestream's replica to %s, %s", entry.path, found.position, reached)
         return
     try:
         report = restore(store, entry.path, RestoreOptions())

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -44,6 +44,8 @@ BUSY_TIMEOUT_MS = 1000
 BARRIER_TIMEOUT_MS = 250
 DRAINS_BEFORE_BARRIER = 6
 SHORT_DRAIN_S = 0.01
+FINE_TICK_NS, COARSE_TICK_NS = 20_000_000, 2_000_000_000
+"""Times of files move on in ticks: of the kernel's clock, or of whole seconds where the file system keeps no fractions."""
 
 _open_inodes: dict[tuple[int, int], Path] = {}
 _open_inodes_guard = threading.Lock()
@@ -62,19 +64,36 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen."""
+    """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen.
+
+    rest: the file as it was under the barrier. When complete, SQLite does not write it again as long as our lock is not passed on.
+    """
 
     complete: bool
     barrier_s: float
+    rest: FileStamp
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Changes whenever a rollback-journal database was written: size, time of change, and SQLite's own change counter."""
+    """Changes whenever the file was written, by whatever program: size, times of change, and SQLite's own change counter.
+
+    mtime_ns: of the content, which ``cp -p`` sets back. ctime_ns: of anything, owner and mode too; no program can set it.
+    """
 
     size_bytes: int
     mtime_ns: int
+    ctime_ns: int
     change_counter: bytes
+
+    def same_content(self, other: FileStamp) -> bool:
+        """Whether at most owner, mode or names have changed."""
+        return replace(self, ctime_ns=other.ctime_ns) == other
+
+    def is_settled(self, now_ns: int) -> bool:
+        """Whether every write after ``now_ns`` changes it: one in the tick of the last change would not."""
+        tick_ns = FINE_TICK_NS if self.ctime_ns % 1_000_000_000 else COARSE_TICK_NS
+        return now_ns - self.ctime_ns > tick_ns
 
 
 def identify(path: Path) -> FileIdentity:
@@ -199,9 +218,10 @@ class LiveDatabase:
                 frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             failpoints.reach("under-barrier")
             self.pass_lock()
+            rest = self.stamp()
         held_s = time.monotonic() - since
         failpoints.reach("after-checkpoint")
-        return Checkpoint(complete=frames == backfilled, barrier_s=held_s)
+        return Checkpoint(complete=frames == backfilled, barrier_s=held_s, rest=rest)
 
     def truncate_wal(self) -> bool:
         """After a complete checkpoint: cut the WAL to nothing, if no commit has come and nobody reads. True when that was done.
@@ -220,10 +240,13 @@ class LiveDatabase:
         return True
 
     def is_alone(self) -> bool:
-        """Whether no other process has it open, as far as the kernel's list of locks tells. For choices of cost, not of safety.
+        """Whether nobody else has it open. For choices of cost, not of safety.
 
-        In WAL mode a connection holds a shared lock on the file as long as it lives.
+        Not another process, as far as the kernel's list of locks tells: in WAL mode a connection holds a shared lock on the file as long as
+        it lives. Nor this one, whose locks cannot be told from ours.
         """
+        if any(_opens(connection, self._holder.filename) for connection in _others(self._connections)):
+            return False
         inode = f":{self.identity.inode}"
         try:
             lines = Path("/proc/locks").read_text().splitlines()
@@ -281,15 +304,15 @@ class LiveDatabase:
         return os.fstat(self._wal_file).st_mtime_ns // 1_000_000
 
     def wal_progress(self) -> tuple[int, int]:
-        """(committed frames, those of them that are in the database file already) of this generation of the WAL."""
+        """(committed frames, those of them that are in the database file already) of this generation of the WAL; (0, 0) without one."""
+        if self.journal is Journal.ROLLBACK:
+            return 0, 0
         with _translated(self.path):
             frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         return max(0, frames), max(0, backfilled)
 
     def committed_frames(self) -> int:
         """Frames of committed transactions in this generation of the WAL, by SQLite's own account; 0 without a WAL."""
-        if self.journal is Journal.ROLLBACK:
-            return 0
         return self.wal_progress()[0]
 
     def in_wal_mode(self) -> bool:
@@ -309,7 +332,12 @@ class LiveDatabase:
     def stamp(self) -> FileStamp:
         """Raises DatabaseMissing."""
         status = _status(self.path)
-        return FileStamp(status.st_size, status.st_mtime_ns, self._read_file(24, 4))
+        return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, self._read_file(24, 4))
+
+    def settled_stamp(self) -> FileStamp | None:
+        """None when the file changed so lately that one more write might not show. Raises DatabaseMissing."""
+        stamp = self.stamp()
+        return stamp if stamp.is_settled(time.time_ns()) else None
 
     def _read_file(self, offset: int, length: int) -> bytes:
         """Bytes of the database file; zeros beyond its end."""
@@ -354,13 +382,34 @@ class LiveDatabase:
             raise DatabaseNotReplicable(f"{self.path}-wal: {error.strerror}; its WAL cannot be read") from error
 
 
-def is_database_file(path: Path) -> bool:
-    """Whether a file begins as an SQLite database does. Drops no lock of this process."""
+def begins_as_database(path: Path) -> bool:
+    """Whether a file begins as an SQLite database does. Drops no lock of this process.
+
+    Raises what ``identify`` does; DatabaseNotReplicable for a name that SQLite cannot use; DatabaseError when it cannot be read.
+    """
+    identify(path)
     try:
-        identify(path)
         return _first_bytes(path) == SQLITE_MAGIC
-    except (DatabaseError, apsw.Error, UnicodeError):
+    except apsw.Error as error:
+        identify(path)
+        raise DatabaseError(f"{path} cannot be opened: {error}; check the permissions") from error
+    except UnicodeError:
+        if _plain_first_bytes(path) == SQLITE_MAGIC:
+            raise DatabaseNotReplicable(f"{path}: its name is not valid UTF-8, which SQLite needs; rename it") from None
         return False
+
+
+def _plain_first_bytes(path: Path) -> bytes:
+    """Of a file that SQLite cannot name. By another name it may be open here, and then it is left alone."""
+    with _open_inodes_guard:
+        identity = identify(path)
+        if (identity.device, identity.inode) in _open_inodes:
+            return b""
+        try:
+            with path.open("rb") as file:
+                return file.read(len(SQLITE_MAGIC))
+        except OSError as error:
+            raise DatabaseError(f"{path} cannot be opened: {error.strerror}; check the permissions") from error
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -370,6 +419,19 @@ def _first_bytes(path: Path) -> bytes:
         return bytes(file.xRead(len(SQLITE_MAGIC), 0))
     finally:
         file.xClose()
+
+
+def _others(ours: list[apsw.Connection]) -> Iterator[apsw.Connection]:
+    """The connections of this process that are not among these."""
+    known = set(map(id, ours))
+    return (connection for connection in apsw.connections() if id(connection) not in known)
+
+
+def _opens(connection: apsw.Connection, file_name: str) -> bool:
+    try:
+        return connection.filename == file_name
+    except apsw.Error:  # closed meanwhile, by the thread that uses it
+        return False
 
 
 def _until_short(drain: Callable[[], None]) -> None:

@@ -65,12 +65,20 @@ class SegmentVersionUnknown(FormatError):
     """The segment was written by a newer release than this one can read."""
 
 
+class LtxDamaged(FormatError):
+    """A file of a Litestream replica is truncated, or a checksum in it does not match."""
+
+
 class WalHeaderDamaged(FormatError):
     """The 32 bytes at the start of a WAL are not a valid WAL header."""
 
 
 class LocalStateDamaged(FormatError):
     """A file in the replicator's own state directory is damaged; it is set aside and a new base is taken."""
+
+
+class LocalStateUnwritable(ReplicatorError):
+    """The disk refused a write to the replicator's own state directory; the same write is tried again."""
 
 
 # -- restore -----------------------------------------------------------------------------------------------------------
@@ -98,6 +106,14 @@ class TargetExists(RestoreError):
 
 class IntegrityCheckFailed(RestoreError):
     """The database was replicated and restored page for page, but SQLite finds it damaged: it was so at its source."""
+
+
+class QueryFailed(ReplicatorError):
+    """SQLite cannot do what a statement on an image of the past asks for."""
+
+
+class PastIsReadOnly(QueryFailed):
+    """A statement would write to an image of the past, or to a file."""
 
 
 # -- live databases ----------------------------------------------------------------------------------------------------

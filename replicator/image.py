@@ -23,7 +23,7 @@ CHUNK_BYTES = 4 * 1024 * 1024
 class Image:
     """A state of a database.
 
-    page_nos, offsets: the pages that are in the WAL, ascending, and where in it; all others are in the file.
+    page_nos, offsets: the pages that are in the WAL and not in the file yet, ascending, and where in it; all others are in the file.
     cursor: the place in the WAL that the state belongs to; None without a WAL.
     """
 
@@ -41,7 +41,7 @@ class Image:
         """
         while True:
             header = database.wal_header()
-            committed_frames = database.committed_frames()
+            committed_frames, backfilled_frames = database.wal_progress()
             if header is None:
                 if committed_frames:
                     raise _wal_damaged(database, 0)
@@ -55,7 +55,10 @@ class Image:
             if scanner.cursor.offset != end:
                 raise _wal_damaged(database, scanner.offset)
             page_count = transactions[-1].page_count if transactions else database.committed_page_count()
-            return cls(database, page_count, *last_image(transactions), scanner.cursor)
+            page_nos, offsets = last_image(transactions)
+            # SQLite reads from the file what was backfilled, too. It is the same, unless somebody copied another file over it in place.
+            only_here = offsets >= HEADER_SIZE + backfilled_frames * header.frame_size
+            return cls(database, page_count, page_nos[only_here], offsets[only_here], scanner.cursor)
 
     def page(self, page_no: int) -> bytes:
         at = int(np.searchsorted(self.page_nos, page_no))

@@ -135,7 +135,10 @@ class Lease:
         self._mine = None
 
     def keep(self, on_lost: Callable[[LeaseLost], None]) -> None:
-        """Renew until ``stop`` is set; for a thread of its own. An unreachable store is no loss: nobody else can take it then either."""
+        """Renew until ``stop`` is set; for a thread of its own.
+
+        An unreachable store is no loss: that another, who reaches it, has taken the lease is noticed when it answers again.
+        """
         while not self._stop.wait(self._ttl_s / RENEWALS_PER_TTL):
             try:
                 self.renew()

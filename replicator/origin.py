@@ -6,10 +6,12 @@ Owns the choice of the number and the parent. Two writers never get the same num
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from replicator import chain
 from replicator.errors import ChainBroken, NothingToRestore
+from replicator.layout import SegmentRef
 from replicator.replica import Replica
 from replicator.spool import Captured
 from replicator.values import Position, Timeline
@@ -44,13 +46,13 @@ def new_timeline(
     parent: int | None
     fork_txid: int | None
     while True:
-        timelines = replica.timelines()
-        number = max(timelines, default=0) + 1
+        timelines, segments = replica.timelines(), replica.segments()
+        number = max((*timelines, *(ref.timeline for ref in segments)), default=0) + 1
         if known is not None and timelines.get(known.timeline.number) == known.timeline:
             parent, fork_txid = known.timeline.number, known.txid
         else:
             known = None
-            parent, fork_txid = _newest(replica, timelines)
+            parent, fork_txid = _newest(timelines, segments)
         timeline = Timeline(
             number=number,
             database=next(iter(timelines.values())).database if timelines else secrets.token_hex(16),
@@ -62,26 +64,28 @@ def new_timeline(
             epoch=epoch,
         )
         if replica.write_timeline(timeline):
-            # Looked at after the record was written: from then on nobody deletes what leads to its fork.
-            if known is not None and not _leads_to(replica, timelines, Position(known.timeline.number, arrived_txid)):
+            # Listed anew after the record was written: from then on nobody deletes what leads to its fork.
+            if known is not None and not _leads_to(
+                timelines, replica.segments(), Position(known.timeline.number, arrived_txid)
+            ):
                 known = None
             return Origin(timeline, fork_txid or 0, known)
 
 
-def _leads_to(replica: Replica, timelines: dict[int, Timeline], position: Position) -> bool:
+def _leads_to(timelines: Mapping[int, Timeline], segments: Sequence[SegmentRef], position: Position) -> bool:
     if position.txid == 0:
         return True
     try:
-        chain.plan(timelines, replica.segments(), position)
+        chain.plan(timelines, segments, position)
     except (NothingToRestore, ChainBroken):
         return False  # the window of the replica has left it behind
     return True
 
 
-def _newest(replica: Replica, timelines: dict[int, Timeline]) -> tuple[int | None, int | None]:
-    """The newest position as (timeline, txid), (None, None) when the replica holds nothing that can be restored."""
+def _newest(timelines: Mapping[int, Timeline], segments: Sequence[SegmentRef]) -> tuple[int | None, int | None]:
+    """The newest position as (timeline, txid); (None, None) when nothing can be restored, or only of a timeline whose record is lost."""
     try:
-        position = chain.newest(timelines, replica.segments())
+        position = chain.newest(timelines, segments)
     except (NothingToRestore, ChainBroken):
         return None, None
-    return position.timeline, position.txid
+    return (position.timeline, position.txid) if position.timeline in timelines else (None, None)

@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all), of the segments as they are stored. Called from the thread that restores."""
 
+IntegrityCheck = Literal["none", "quick", "full"]
+PRAGMAS = {"quick": "quick_check", "full": "integrity_check"}
+
 _T = TypeVar("_T")
 
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
@@ -75,7 +78,7 @@ class RestoreOptions:
     timeline: int | None = None
     at_ms: int | None = None
     parallelism: int = 8
-    integrity_check: Literal["none", "quick", "full"] = "quick"
+    integrity_check: IntegrityCheck = "quick"
     mode: int | None = None
 
 
@@ -118,8 +121,8 @@ class RestoreReport:
 
 def plan_restore(store: ObjectStore, options: RestoreOptions) -> RestorePlan:
     """What ``restore`` would do now. Raises NothingToRestore, ChainBroken, SegmentDamaged, StoreError, UsageError."""
-    _check_options(options)
-    return _with_fallback(Replica(store), options, lambda plan: plan)
+    check_options(options)
+    return with_fallback(Replica(store), options, lambda plan: plan)
 
 
 def restore(
@@ -137,22 +140,22 @@ def restore(
     Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
     """
     started = time.monotonic()
-    _check_options(options)
-    _check_target(target)
+    check_options(options)
+    check_target(target)
     _mention_leftovers(target)
     replica = Replica(store)
 
     def attempt(plan: RestorePlan) -> RestoreReport:
         return _write_new_file(replica, plan, target, options, started, on_progress or (lambda done, total: None))
 
-    return _with_fallback(replica, options, attempt)
+    return with_fallback(replica, options, attempt)
 
 
 # -- which segments ----------------------------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """A segment cannot be used; another plan may do without it."""
+class Unusable(Exception):
+    """A segment cannot be used; another plan may do without it. Raised in ``blaming``, handled by ``with_fallback``."""
 
     def __init__(self, ref: SegmentRef, error: ReplicatorError) -> None:
         super().__init__(str(error))
@@ -161,36 +164,43 @@ class _Unusable(Exception):
 
 
 @contextmanager
-def _blaming(ref: SegmentRef) -> Iterator[None]:
+def blaming(ref: SegmentRef) -> Iterator[None]:
+    """What goes wrong inside is a fault of this segment."""
     try:
         yield
     except (FormatError, ObjectMissing, ChainBroken) as error:
-        raise _Unusable(ref, error) from error
+        raise Unusable(ref, error) from error
 
 
-def _with_fallback(replica: Replica, options: RestoreOptions, act: Callable[[RestorePlan], _T]) -> _T:
+def with_fallback(
+    replica: Replica,
+    options: RestoreOptions,
+    act: Callable[[RestorePlan], _T],
+    unusable: dict[str, ReplicatorError] | None = None,
+) -> _T:
     """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
 
     The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (compaction and retention do that) is reason to list again, a few times.
+    was listed and is gone (compaction and retention do that) is reason to list again, a few times. unusable: keys of
+    segments that are not to be used and why; those that are found are added.
     """
-    unusable: dict[str, ReplicatorError] = {}
+    unusable = {} if unusable is None else unusable
     listed_again = 0
     while True:
         try:
             return act(_resolve(replica, options, unusable))
-        except _Unusable as failed:
+        except Unusable as failed:
             if isinstance(failed.error, ObjectMissing):
                 if listed_again == _MOST_LISTED_AGAIN:
                     raise failed.error from None
                 listed_again += 1
             unusable[failed.ref.key] = failed.error
-            log.warning("the restore looks for a way around a segment: %s", failed.error)
+            log.warning("looking for a way around a segment: %s", failed.error)
         except ObjectMissing as error:
             if listed_again == _MOST_LISTED_AGAIN:
                 raise
             listed_again += 1
-            log.warning("the replica changed during the restore, it is listed again: %s", error)
+            log.warning("the replica changed meanwhile, it is listed again: %s", error)
         except (ChainBroken, NothingToRestore) as broken:
             if not unusable:
                 raise
@@ -203,7 +213,7 @@ def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, Repl
     target = _target(replica, timelines, segments, options)
     found = chain.plan(timelines, [ref for ref in segments if ref.key not in unusable], target)
     last = found.segments[-1]
-    with _blaming(last):
+    with blaming(last):
         header = replica.header(last)
         record = timelines.get(last.timeline)
         if record is not None and record.database != header.database:
@@ -237,7 +247,7 @@ def _target(
     return newest
 
 
-def _check_options(options: RestoreOptions) -> None:
+def check_options(options: RestoreOptions) -> None:
     if sum(wish is not None for wish in (options.position, options.txid, options.at_ms)) > 1:
         raise UsageError("a restore has one target; give a position, a txid or a time, not several of them")
     if options.position is not None and options.timeline is not None:
@@ -249,7 +259,16 @@ def _check_options(options: RestoreOptions) -> None:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Raises TargetExists when something is there or beside it, RestoreError when its folder is not there.
+
+    Mentions what other restores to it have left behind.
+    """
+    _check_free(target)
+    _mention_leftovers(target)
+
+
+def _check_free(target: Path) -> None:
     if not target.parent.is_dir():
         raise RestoreError(f"the directory {target.parent} does not exist; create it first")
     for suffix in _SIDE_FILES:
@@ -273,7 +292,7 @@ def _mention_leftovers(target: Path) -> None:
         )
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int) -> None:
     found = os.statvfs(folder)
     available_bytes = found.f_bavail * found.f_frsize
     if needed_bytes > available_bytes:
@@ -281,6 +300,29 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
             f"the restored database needs {needed_bytes} bytes, {folder} has {available_bytes} bytes available; "
             "make room, or restore to another file system"
         )
+
+
+@contextmanager
+def new_database(target: Path, mode: int | None) -> Iterator[tuple[int, Path]]:
+    """Descriptor and path of an empty file that is given the name ``target``, durably, when the block ends without an error.
+
+    Otherwise nothing is left of it. Raises TargetExists, and RestoreError for any OSError.
+    """
+    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd, temporary
+            os.fchmod(fd, 0o600 if mode is None else mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _publish(temporary, target)
+    except OSError as error:
+        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
 
 
 def _write_new_file(
@@ -291,26 +333,13 @@ def _write_new_file(
     started: float,
     on_progress: OnProgress,
 ) -> RestoreReport:
-    _check_space(target.parent, plan.size_bytes)
-    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, plan.size_bytes)
-            assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
-            assembly.run()
-            hashes = _read_back(fd, plan, options.parallelism)
-            _check_integrity(temporary, plan, options.integrity_check)
-            os.fchmod(fd, 0o600 if options.mode is None else options.mode)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _publish(temporary, target)
-    except OSError as error:
-        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    check_space(target.parent, plan.size_bytes)
+    with new_database(target, options.mode) as (fd, temporary):
+        os.ftruncate(fd, plan.size_bytes)
+        assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
+        assembly.run()
+        hashes = _read_back(fd, plan, options.parallelism)
+        _check_integrity(temporary, plan, options.integrity_check)
     return RestoreReport(
         position=plan.position,
         reached_ms=plan.reached_ms,
@@ -349,11 +378,25 @@ def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
     return hashes
 
 
-def _check_integrity(path: Path, plan: RestorePlan, check: Literal["none", "quick", "full"]) -> None:
-    """SQLite's own check. The file has no WAL beside it and nobody else has it open, hence ``immutable``."""
-    if check == "none" or plan.page_count == 0:
+def _check_integrity(path: Path, plan: RestorePlan, check: IntegrityCheck) -> None:
+    if plan.page_count == 0:
         return
-    pragma = "quick_check" if check == "quick" else "integrity_check"
+    complaints = integrity_complaints(path, check, str(plan.position))
+    if complaints:
+        raise IntegrityCheckFailed(
+            f"{plan.position} was restored as it was at its source, but {PRAGMAS[check]} finds: {'; '.join(complaints)}; "
+            "restore an earlier position, or leave the check out to get the file as it is"
+        )
+
+
+def integrity_complaints(path: Path, check: IntegrityCheck, what: str) -> list[str]:
+    """What SQLite finds wrong with a new file. what: it is, for a warning when SQLite cannot check it here.
+
+    The file has no WAL beside it and nobody else has it open, hence ``immutable``.
+    """
+    if check == "none":
+        return []
+    pragma = PRAGMAS[check]
     try:
         connection = apsw.Connection(
             f"file:{quote(str(path.absolute()))}?immutable=1", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
@@ -366,18 +409,14 @@ def _check_integrity(path: Path, plan: RestorePlan, check: Literal["none", "quic
         complaints = [str(error)]
     except apsw.SQLError as error:
         # The schema needs a collation or function that only the app has. The checksums have proven the pages already.
-        log.warning("SQLite cannot run %s on %s here and the check is left out: %s", pragma, plan.position, error)
-        return
-    if complaints != ["ok"]:
-        raise IntegrityCheckFailed(
-            f"{plan.position} was restored as it was at its source, but {pragma} finds: {'; '.join(complaints)}; "
-            "restore an earlier position, or leave the check out to get the file as it is"
-        )
+        log.warning("SQLite cannot run %s on %s here and the check is left out: %s", pragma, what, error)
+        return []
+    return [] if complaints == ["ok"] else complaints
 
 
 def _publish(temporary: Path, target: Path) -> None:
     """Give the file its name, durably, unless something took the name meanwhile."""
-    _check_target(target)
+    _check_free(target)
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -452,13 +491,13 @@ class _Assembly:
         self._counter_lock = threading.Lock()
 
     def run(self) -> None:
-        """Raises _Unusable, StoreError, OSError; then nothing of it still runs."""
+        """Raises Unusable, StoreError, OSError; then nothing of it still runs."""
         pool = ThreadPoolExecutor(self._parallelism, "restore")
         try:
             newer: SegmentReader | None = None
             for opened in self._opened(pool):
-                with _blaming(opened.ref):
-                    _check_link(opened.reader, newer)
+                with blaming(opened.ref):
+                    check_link(opened.reader, newer)
                 newer = opened.reader
                 self._limit = min(self._limit, newer.header.page_count)
                 self._start(pool, opened)
@@ -477,7 +516,7 @@ class _Assembly:
             yield opening.popleft().result()
 
     def _open(self, ref: SegmentRef) -> _Opened:
-        with _blaming(ref):
+        with blaming(ref):
             size_bytes = ref.size_bytes or self._store.head(ref.key).size_bytes
             if size_bytes > _WHOLE_BYTES:
                 read_at = partial(self._get, ref)
@@ -523,7 +562,7 @@ class _Assembly:
         return pages, len(pages) == len(page_nos)
 
     def _apply(self, fetch: _Fetch) -> int:
-        with _blaming(fetch.opened.ref):
+        with blaming(fetch.opened.ref):
             start = fetch.parts[0][0].offset
             data = memoryview(fetch.opened.read_at(start, fetch.length))
             for group, wanted in fetch.parts:
@@ -552,7 +591,7 @@ class _Assembly:
         self._on_progress(self._done_bytes, self._plan.download_bytes)
 
 
-def _check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
+def check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
     """Raises ChainBroken unless the newer segment follows from this one. Source: docs/format.md, section 4."""
     if newer is None:
         return

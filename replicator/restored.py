@@ -5,19 +5,12 @@ Owns nothing but that hand-over. Never touches the database, never a store.
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
-from replicator import durable
 from replicator.errors import UsageError
 from replicator.restore import RestoreReport
 from replicator.spool import Captured, Spool
 from replicator.values import Timeline
-
-log = logging.getLogger(__name__)
-
-ASIDE_PREFIX = ".aside-"
 
 
 def mark_restored(state_directory: Path, report: RestoreReport, timeline: Timeline) -> Path | None:
@@ -31,7 +24,7 @@ def mark_restored(state_directory: Path, report: RestoreReport, timeline: Timeli
         raise UsageError(f"{report.position} was restored, and the record is that of timeline {timeline.number}")
     spool = Spool(state_directory)
     try:
-        aside = _move_aside(spool)
+        aside = spool.set_aside()
         spool.discard()
         spool.save_base(
             Captured(
@@ -46,22 +39,4 @@ def mark_restored(state_directory: Path, report: RestoreReport, timeline: Timeli
         )
     finally:
         spool.close()
-    return aside
-
-
-def _move_aside(spool: Spool) -> Path | None:
-    """The divergent tail: commits of the lost file that nobody has but this folder."""
-    waiting = spool.waiting()
-    if not waiting:
-        return None
-    aside = spool.directory / f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    durable.make_dirs(aside)
-    for ref in waiting:
-        durable.replace(spool.path(ref), aside / ref.file_name)
-    log.warning(
-        "%d segments (%d bytes) of the database that was there before never reached the store; they are kept in %s",
-        len(waiting),
-        sum(ref.size_bytes for ref in waiting),
-        aside,
-    )
     return aside

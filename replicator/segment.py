@@ -182,8 +182,9 @@ def read_header(data: bytes) -> SegmentHeader:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Pages that are compressed together. offset, length: of its bytes in the segment; page_nos: ascending, uint32."""
+    """Pages that are compressed together. number: from 0. offset, length: of its bytes in the segment; page_nos: ascending."""
 
+    number: int
     offset: int
     length: int
     checksum: int
@@ -341,10 +342,10 @@ class SegmentReader:
         self._header: SegmentHeader | None = None
         self._tail_offset, self._tail = size, b""
         start = max(0, size - max(tail, TRAILER_SIZE))
-        self._tail = self._read(start, size - start)
+        self._tail = self.read(start, size - start)
         self._tail_offset = start
-        self._trailer = _Trailer.decode(self._read(size - TRAILER_SIZE, TRAILER_SIZE), size, name)
-        index = self._read(self._trailer.index_offset, self._trailer.index_length)
+        self._trailer = _Trailer.decode(self.read(size - TRAILER_SIZE, TRAILER_SIZE), size, name)
+        index = self.read(self._trailer.index_offset, self._trailer.index_length)
         self._index = _Index(index, self._trailer, name)
         self.groups: Sequence[Group] = _Groups(self._index)
 
@@ -357,7 +358,7 @@ class SegmentReader:
     def header(self) -> SegmentHeader:
         """Read at first use, unless it was in the tail."""
         if self._header is None:
-            data = self._read(0, HEADER_SIZE)
+            data = self.read(0, HEADER_SIZE)
             header = SegmentHeader.decode(data, self.name)
             t = self._trailer
             repeated = (t.page_size, t.page_count, t.pages_before, t.flags, t.header_checksum)
@@ -384,9 +385,9 @@ class SegmentReader:
         """How many of its pages have a number up to ``page_no``: the rank of the next one, counted from 0."""
         return self._index.rank_after(page_no)
 
-    def page_nos(self, first_rank: int, end_rank: int) -> NDArray[np.uint32]:
-        """Numbers of its pages with these ranks, ascending."""
-        return self._index.page_nos(first_rank, end_rank)
+    def page_nos(self, first_rank: int = 0, end_rank: int | None = None) -> NDArray[np.uint32]:
+        """Numbers of its pages with these ranks, ascending; without ranks of all."""
+        return self._index.page_nos(first_rank, self._trailer.pages if end_rank is None else end_rank)
 
     def pages(self) -> Iterator[tuple[int, memoryview]]:
         """All pages, ascending: (page_no, content). Reads and checks group by group."""
@@ -395,7 +396,7 @@ class SegmentReader:
 
     def group_pages(self, group: Group) -> list[tuple[int, memoryview]]:
         """The pages of one group, in one read."""
-        return self.decode_group(group, self._read(group.offset, group.length))
+        return self.decode_group(group, self.read(group.offset, group.length))
 
     def decode_group(self, group: Group, data: bytes | memoryview) -> list[tuple[int, memoryview]]:
         """The pages of one group out of its bytes, for a caller that fetches several groups with one request."""
@@ -407,7 +408,7 @@ class SegmentReader:
 
     def group_bytes(self, group: Group) -> bytes:
         """The bytes of a group as they are stored, with the right checksum."""
-        data = self._read(group.offset, group.length)
+        data = self.read(group.offset, group.length)
         self._check_group(group, data)
         return data
 
@@ -444,8 +445,8 @@ class SegmentReader:
         same = not header.snapshot or state == header.state_after
         _require(same, self.name, "its pages do not have the state checksum that it claims")
 
-    def _read(self, offset: int, length: int) -> bytes:
-        """Offset and length lie in the segment, which the trailer's checks made sure of."""
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes as they are stored, such as those of several groups. Offset and length must lie in the segment."""
         if offset >= self._tail_offset:
             begin = offset - self._tail_offset
             return self._tail[begin : begin + length]
@@ -590,6 +591,7 @@ class _Groups(Sequence[Group]):
         number = range(len(self))[i]
         index, per_group = self._index, self._index.trailer.pages_per_group
         return Group(
+            number=number,
             offset=int(index.offsets[number]),
             length=int(index.lengths[number]),
             checksum=int(index.checksums[number]),

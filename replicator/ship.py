@@ -33,6 +33,7 @@ from replicator.values import Position, Timeline, format_time
 log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 4
+PROVE_EVERY_S = 300.0
 FIRST_RETRY_S = 0.5
 MAX_RETRY_S = 10.0
 _COMPARE_BYTES = 4 * 1024 * 1024
@@ -54,15 +55,20 @@ class Shipper:
         arrived: Callable[[SegmentRef, SegmentHeader], None],
         *,
         now_ms: Callable[[], int],
+        prove_every_s: float = PROVE_EVERY_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """changed: called whenever a segment has arrived or failed; arrived: with each that has. From an uploading thread."""
+        """changed: called whenever a segment has arrived or failed; arrived: with each that has. From an uploading thread.
+
+        prove_every_s: so long a replica that was there counts as being there. Then the next upload asks once more.
+        """
         self._spool = spool
         self._store = store
         self._pool = pool
         self._changed = changed
         self._arrived = arrived
         self._now_ms = now_ms
+        self._prove_every_s = prove_every_s
         self._monotonic = monotonic
         self._guard = threading.Lock()
         self._proof = threading.Lock()
@@ -71,6 +77,7 @@ class Shipper:
         self._era = 0  # what was begun for a timeline before this one says nothing of it
         self._arrived_ms: dict[int, int] = {}  # commit times by txid, of what arrived before something older
         self._proven: int | None = None
+        self._proven_at = 0.0
         self._retry_s = FIRST_RETRY_S
         self._not_before = 0.0
         self.problem: StoreError | None = None
@@ -114,6 +121,7 @@ class Shipper:
             self._era += 1
             self.diverged = None
             self._proven = timeline.number
+            self._proven_at = self._monotonic()
 
     @property
     def idle(self) -> bool:
@@ -145,8 +153,9 @@ class Shipper:
             return True
         except Diverged as diverged:
             with self._guard:
-                if era == self._era:
+                if era == self._era and self.diverged is None:
                     self.diverged = diverged
+                    log.warning("%s", diverged)
         except StoreError as error:
             self._failed(error)
         except OSError as error:
@@ -172,15 +181,18 @@ class Shipper:
             self._arrived(ref, header)
 
     def _prove_timeline(self, timeline: Timeline, arrived_txid: int) -> None:
-        """Once per timeline and process: the store has the record that this writer made, and a chain up to what has arrived there.
+        """The store has the record that this writer made and, once per timeline and process, a chain up to what has arrived there.
 
-        Somebody may have emptied the store, or deleted a part, while nobody looked.
+        Somebody may have emptied it, or deleted a part, and what is shipped after that restores nothing.
         """
         with self._proof:
-            if self._proven != timeline.number:
-                self._prove_record(timeline)
+            at, is_new = self._monotonic(), self._proven != timeline.number
+            if not is_new and at - self._proven_at < self._prove_every_s:
+                return
+            self._prove_record(timeline)
+            if is_new:
                 self._prove_chain(timeline, arrived_txid)
-                self._proven = timeline.number
+            self._proven, self._proven_at = timeline.number, at
 
     def _prove_record(self, timeline: Timeline) -> None:
         try:

@@ -1,18 +1,20 @@
 """What the replicator keeps on the local disk for one database: the state it captured last, and segments that wait for upload.
 
 Owns the folder ``<state>``: ``lock``; ``base``, the hash of every page at some txid; ``forking``, there while a new timeline is being
-begun; ``spool/``, the only upload queue; ``kept/``,
-segments that were shipped but that are younger than the base, so that base + kept + spool give the captured state after a crash. Never
-reads a database.
+begun; ``spool/``, the only upload queue; ``kept/``, segments that were shipped but that are younger than the base, so that base + kept +
+spool give the captured state after a crash; ``.aside-TIME/``, segments that will not be shipped any more, for a person. Never reads a
+database.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -21,18 +23,24 @@ import msgspec
 import xxhash
 
 from replicator import durable, failpoints
+from replicator.database import FileStamp
 from replicator.errors import (
     DatabaseError,
     DatabaseNotReplicable,
+    FormatError,
     LocalStateDamaged,
+    LocalStateUnwritable,
     SegmentDamaged,
     SegmentVersionUnknown,
 )
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.pagehash import StateHashes, page_hash
-from replicator.segment import SegmentHeader, SegmentReader, SegmentWriter, Source
+from replicator.segment import HEADER_SIZE, SegmentHeader, SegmentReader, SegmentWriter, Source, read_header
 from replicator.values import Timeline
 
+log = logging.getLogger(__name__)
+
+ASIDE_PREFIX = ".aside-"
 _MAGIC = b"RPBASE1\n"
 _CHECKSUM_BYTES = 8
 _KEPT_FLOOR_BYTES = 4 * 1024 * 1024
@@ -44,6 +52,7 @@ class Base(msgspec.Struct, frozen=True):
     """Where the captured state begins: a position, and where in the WAL it was. The page hashes follow it in the file.
 
     restored: the position is one that a restore put at the path; what is written from there on is another timeline.
+    file: the database file when it was last known to belong to the position and the WAL; None when that was not seen.
     """
 
     timeline: Timeline
@@ -52,6 +61,7 @@ class Base(msgspec.Struct, frozen=True):
     last_commit_ms: int
     source: Source | None
     restored: bool = False
+    file: FileStamp | None = None
 
 
 @dataclass
@@ -65,21 +75,32 @@ class Captured:
     source: Source | None
     restored: bool
     hashes: StateHashes
+    file: FileStamp | None = None
 
     def base(self) -> Base:
-        return Base(self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored)
+        return Base(
+            self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored, self.file
+        )
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """For a segment in the spool. since: its first commit, in monotonic time. commit_ms: the same on the wall clock, 0 if unknown."""
+
+    since: float
+    commit_ms: int
 
 
 class Spool:
     """One database's folder. The capturing thread appends, the uploads mark as shipped; both may run at once."""
 
-    def __init__(self, directory: Path) -> None:
-        """Takes the folder for this process.
+    def __init__(self, directory: Path, *, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        """Takes the folder for this process. now_ms: tells how old is what waits there already.
 
         Raises DatabaseNotReplicable when another replicator has it, DatabaseError when it cannot be made or read.
         """
         self.directory = directory
-        self.base_txid: int | None = None
+        self.base: Base | None = None  # as it is on the disk
         self._waiting = directory / "spool"
         self._kept = directory / "kept"
         self._guard = threading.Lock()
@@ -91,7 +112,7 @@ class Spool:
             for unfinished in (*self._waiting.glob("*.tmp"), *directory.glob(f"{durable.TEMPORARY_PREFIX}*")):
                 unfinished.unlink()
             self._kept_refs = _refs(self._kept)
-            self._waiting_since = dict.fromkeys(_refs(self._waiting), time.monotonic())
+            self._waits = {ref: _waits_since(self.path(ref), now_ms()) for ref in _refs(self._waiting)}
         except OSError as error:
             self.close()
             raise DatabaseError(
@@ -105,6 +126,17 @@ class Spool:
                 os.close(self._lock)
                 self._lock = -1
 
+    def remove(self) -> None:
+        """The last thing, when the database is gone and nothing waits: of the folder only what was set aside stays. Raises OSError."""
+        self.discard()
+        with suppress(FileNotFoundError):
+            for folder in (self._waiting, self._kept):
+                folder.rmdir()
+            (self.directory / "lock").unlink()
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()
+        self.close()
+
     # -- the captured state --------------------------------------------------------------------------------------------
 
     def load(self) -> Captured | None:
@@ -117,18 +149,19 @@ class Spool:
         except FileNotFoundError:
             return None
         captured = _decode_base(data, self.directory)
-        self.base_txid = captured.txid
-        for ref in sorted([*self._kept_refs, *self._waiting_since], key=lambda ref: ref.last):
+        self.base = captured.base()
+        for ref in sorted([*self._kept_refs, *self._waits], key=lambda ref: ref.last):
             if ref.timeline == captured.timeline.number and ref.last > captured.txid:
                 self._apply(captured, ref)
         return captured
 
     def save_base(self, captured: Captured) -> None:
-        """Make the captured state the base; shipped segments up to there are not needed any more."""
+        """Make the captured state the base; shipped segments up to there are not needed any more. Raises LocalStateUnwritable."""
         failpoints.reach("before-base-write")
-        durable.write_file(self.directory / "base", _encode_base(captured))
+        with _writing(self.directory / "base"):
+            durable.write_file(self.directory / "base", _encode_base(captured))
         failpoints.reach("after-base-write")
-        self.base_txid = captured.txid
+        self.base = captured.base()
         with self._guard:
             for ref in [ref for ref in self._kept_refs if ref.last <= captured.txid]:
                 (self._kept / ref.file_name).unlink(missing_ok=True)
@@ -152,8 +185,9 @@ class Spool:
 
     def base_is_due(self, captured: Captured) -> bool:
         """Whether the segments after the base outweigh it, so that a new one is worth its writing."""
+        base_txid = self.base.txid if self.base else 0
         with self._guard:
-            after = [ref for ref in (*self._kept_refs, *self._waiting_since) if ref.last > (self.base_txid or 0)]
+            after = [ref for ref in (*self._kept_refs, *self._waits) if ref.last > base_txid]
             superfluous = len(self._kept_refs) > _KEPT_SEGMENTS
         after_bytes = sum(ref.size_bytes for ref in after)
         heavy = after_bytes > max(_KEPT_FLOOR_BYTES, 8 * captured.hashes.page_count)
@@ -161,45 +195,67 @@ class Spool:
 
     def discard(self) -> None:
         """Forget all of it: the database starts a new timeline with a snapshot. What was not shipped yet is still in the database."""
-        self.base_txid = None
+        self.base = None
         with self._guard:
             (self.directory / "base").unlink(missing_ok=True)
             durable.fsync_dir(self.directory)
             for folder in (self._waiting, self._kept):
                 for file in folder.iterdir():
                     file.unlink(missing_ok=True)
-            self._waiting_since.clear()
+            self._waits.clear()
             self._kept_refs.clear()
+
+    def set_aside(self) -> Path | None:
+        """Move what waits into a folder of its own, whose path is returned; None when nothing waits. Nobody else has these commits.
+
+        The newest goes first: interrupted, it leaves a shorter queue, and not one with a hole in it.
+        """
+        with self._guard:
+            refs = list(self._waits)
+            if not refs:
+                return None
+            aside = self.directory / f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            durable.make_dirs(aside)
+            for ref in reversed(refs):
+                durable.replace(self.path(ref), aside / ref.file_name)
+                del self._waits[ref]
+        size_bytes = sum(ref.size_bytes for ref in refs)
+        log.warning("%d segments (%d bytes) that never reached the store are kept in %s", len(refs), size_bytes, aside)
+        return aside
 
     # -- segments ------------------------------------------------------------------------------------------------------
 
     def append(self, header: SegmentHeader, write_pages: Callable[[SegmentWriter], None]) -> SegmentRef:
-        """One more segment, durable when this returns. Whatever ``write_pages`` raises leaves nothing behind."""
+        """One more segment, durable when this returns. Whatever ``write_pages`` raises leaves nothing behind.
+
+        Raises LocalStateUnwritable.
+        """
         level = SNAPSHOT_LEVEL if header.snapshot else 0
         ref = SegmentRef(header.timeline, level, header.first, header.last)
         failpoints.reach("before-spool-write")
         unfinished = self._waiting / f"{ref.file_name}.tmp"
         try:
-            with unfinished.open("wb") as file:
-                writer = SegmentWriter(file, header)
-                write_pages(writer)
-                size_bytes = writer.finish()
-                file.flush()
-                os.fsync(file.fileno())
-            durable.replace(unfinished, self._waiting / ref.file_name)
+            with _writing(unfinished):
+                with unfinished.open("wb") as file:
+                    writer = SegmentWriter(file, header)
+                    write_pages(writer)
+                    size_bytes = writer.finish()
+                    file.flush()
+                    os.fsync(file.fileno())
+                durable.replace(unfinished, self._waiting / ref.file_name)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
         ref = replace(ref, size_bytes=size_bytes)
         with self._guard:
-            self._waiting_since[ref] = time.monotonic()
+            self._waits[ref] = _Wait(time.monotonic(), header.first_commit_ms)
         failpoints.reach("after-spool-write")
         return ref
 
     def waiting(self) -> list[SegmentRef]:
         """Segments that are not in the store yet, in order."""
         with self._guard:
-            return list(self._waiting_since)
+            return list(self._waits)
 
     def path(self, ref: SegmentRef) -> Path:
         """The file of a waiting segment."""
@@ -208,23 +264,29 @@ class Spool:
     def mark_shipped(self, ref: SegmentRef) -> bool:
         """It is in the store. False when it does not wait here any more: it was discarded meanwhile, or the spool closed."""
         with self._guard:
-            if self._lock < 0 or ref not in self._waiting_since:
+            if self._lock < 0 or ref not in self._waits:
                 return False
             (self._waiting / ref.file_name).rename(self._kept / ref.file_name)
-            del self._waiting_since[ref]
+            del self._waits[ref]
             self._kept_refs.append(ref)
         failpoints.reach("after-upload-recorded")
         return True
 
     def waiting_bytes(self) -> int:
         with self._guard:
-            return sum(ref.size_bytes for ref in self._waiting_since)
+            return sum(ref.size_bytes for ref in self._waits)
 
     def waiting_s(self) -> float:
-        """For how long the oldest segment has waited; 0 when none does. Of one that was there at the start, since then."""
+        """For how long the oldest segment has waited; 0 when none does."""
         with self._guard:
-            oldest = next(iter(self._waiting_since.values()), None)
-        return 0.0 if oldest is None else time.monotonic() - oldest
+            oldest = next(iter(self._waits.values()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest.since
+
+    def waiting_commit_ms(self) -> int:
+        """Time of the first commit that waits, so that all before it are in the store; 0 when there is none, or nothing before it."""
+        with self._guard:
+            ref, wait = next(iter(self._waits.items()), (None, None))
+        return 0 if ref is None or wait is None or ref.is_snapshot else wait.commit_ms
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -232,11 +294,14 @@ class Spool:
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(descriptor).st_nlink > 0  # else its holder has removed it just now
         except OSError:
+            is_ours = False
+        if not is_ours:
             os.close(descriptor)
             raise DatabaseNotReplicable(
                 f"{self.directory} is in use by another replicator; two must not replicate one database"
-            ) from None
+            )
         return descriptor
 
     def _apply(self, captured: Captured, ref: SegmentRef) -> None:
@@ -261,10 +326,37 @@ class Spool:
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
 
 
+def holds_segments(directory: Path) -> bool:
+    """Whether something waits in the local state there."""
+    return any((directory / "spool").glob("*.seg"))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The system's words for a full disk do not say which."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or repr(error)
+        raise LocalStateUnwritable(
+            f"{path} cannot be written: {what}; make room there, or mend what is wrong"
+        ) from error
+
+
 def _refs(folder: Path) -> list[SegmentRef]:
     """The segments in a folder, in order."""
     refs = (SegmentRef.from_file_name(file.name, file.stat().st_size) for file in folder.iterdir())
     return sorted((ref for ref in refs if ref), key=lambda ref: (ref.last, ref.timeline))
+
+
+def _waits_since(path: Path, now_ms: int) -> _Wait:
+    """Of a segment that was there at the start. One that is damaged, which its upload will find, counts as new."""
+    try:
+        with path.open("rb") as file:
+            commit_ms = read_header(file.read(HEADER_SIZE)).first_commit_ms
+    except FormatError:
+        return _Wait(time.monotonic(), 0)
+    return _Wait(time.monotonic() - max(0, now_ms - commit_ms) / 1000, commit_ms)
 
 
 def _read_at(file: BinaryIO) -> Callable[[int, int], bytes]:
@@ -288,4 +380,6 @@ def _decode_base(data: bytes, directory: Path) -> Captured:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise LocalStateDamaged(f"{directory / 'base'} was written by another release: {error}") from error
     hashes = StateHashes.from_bytes(body[12 + head_length :])
-    return Captured(base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes)
+    return Captured(
+        base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes, base.file
+    )

@@ -261,6 +261,7 @@ class Upkeep:
         deleted again, since what it was made of is still there."""
         if ref in self._proven:
             return
+        self._check_stop()
         try:
             reader = self._replica.sequential_reader(ref, _AHEAD_BYTES)
             reader.verify(self._check_stop)
@@ -291,10 +292,10 @@ class Upkeep:
             self._left, self._open = own, set()
             return
         top = len(self._settings.levels_s)
-        for number in sorted(timelines, reverse=True):
+        for number in (own, *(number for number in timelines if number != own)):
             increments = {ref for ref in segments if ref.timeline == number and not ref.is_snapshot}
             forks = [t.fork_txid for t in timelines.values() if t.parent == number and t.fork_txid is not None]
-            # Nobody writes the other timelines, so that their levels need not be gone through one by one.
+            # Nobody who is not late writes the other timelines, so that their levels need not be gone through one by one.
             for level in range(1, top + 1) if number == own else [top] if top else []:
                 self._compact(increments, level, forks)
             segments |= increments
@@ -351,7 +352,7 @@ class Upkeep:
         return damaged
 
     def _promises(self, timelines: Mapping[int, Timeline], segments: set[SegmentRef]) -> list[Promise]:
-        """One for each timeline that was written, or was the newest, at some time in the window."""
+        """One for each timeline that was begun or written, or was the newest, at some time in the window."""
         assert self._settings.retention_s is not None
         window_ms = self._now_ms() - round(self._settings.retention_s * 1000)
         fine_ms = self._now_ms() - round(min(self._settings.fine_s, self._settings.retention_s) * 1000)
@@ -370,7 +371,9 @@ class Upkeep:
         self, timelines: Mapping[int, Timeline], listed: Sequence[SegmentRef], number: int, window_ms: int
     ) -> bool:
         newer = chain.newer_than(timelines, number)
-        if not newer or min(timeline.created_ms for timeline in newer) >= window_ms:
+        # One of a late writer is left when it begins, and what leads to its fork stays all the same until it has shipped something.
+        left_ms = max(timelines[number].created_ms, min((timeline.created_ms for timeline in newer), default=0))
+        if not newer or left_ms >= window_ms:
             return True
         last = max((ref for ref in listed if ref.timeline == number), key=lambda ref: ref.last, default=None)
         return last is not None and self._replica.header(last).last_commit_ms >= window_ms

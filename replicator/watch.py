@@ -1,18 +1,19 @@
-"""File events that wake a database, and finding databases in folders.
+"""File events that wake a database: which folders are watched, and which files in them are of interest.
 
-Owns the watchdog observer. Never opens a database but to look whether it is one (database.is_database_file). Events may be missed (a full
-queue, a watch limit): the service's slow sweep catches that.
+Owns the watchdog observer. Never opens a file. Events may be missed (a full queue, a watch limit): the service's slow sweep catches that,
+and what is not watched is known here by name.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,22 @@ from watchdog.events import (
 )
 from watchdog.observers.api import BaseObserver, ObservedWatch
 from watchdog.observers.inotify import InotifyEmitter
-from watchdog.observers.inotify_c import DEFAULT_EVENT_BUFFER_SIZE, InotifyEvent, InotifyFD
+from watchdog.observers.inotify_c import (
+    DEFAULT_EVENT_BUFFER_SIZE,
+    CallbackId,
+    InotifyEvent,
+    InotifyFD,
+    Mask,
+    WatchCallback,
+    WatchDescriptor,
+)
 
-from replicator.database import is_database_file
 from replicator.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# A folder that appears while its parent is read is registered twice; the second time changes nothing, and watchdog warns at length.
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
 
 # watchdog says this, at length, whenever a folder and one in it are made in quick succession; it means nothing.
 warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
@@ -48,10 +59,17 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 COMPANIONS = ("-wal", "-shm", "-journal")
 STATE_SUFFIX = "-replicator"
 """A database's own state folder is ``.<name>-replicator`` beside it, unless it is told otherwise."""
+RESTORING = ".*.restoring-*"
+"""Files of a restore that runs or was killed; see restore.py."""
 
 _FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
 _TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent, DirDeletedEvent]
-_ENOSPC, _EMFILE = 28, 24
+_HINTS = {
+    errno.ENOSPC: "the limit of watches is reached; raise fs.inotify.max_user_watches",
+    errno.EMFILE: "the limit of watchers is reached; raise fs.inotify.max_user_instances",
+    errno.ENOMEM: "the kernel has no memory for it",
+}
+"""Refusals that may end by themselves or by an act of the owner; what they concern is looked at by the sweep only, meanwhile."""
 
 CALM_S = 0.01
 """Between two reads of the kernel's queue. An application that commits all the time makes an event for every write; those that are
@@ -66,48 +84,45 @@ class Folder:
     pattern: str = "*"
     recursive: bool = True
 
-    def databases(self, below: Path | None = None) -> Iterator[Path]:
-        """The databases that are in it now, or in the part of it that is below a path."""
-        if below is not None and not self._reaches(below):
-            return
-        for here, folders, files in os.walk(below or self.path):
-            folders[:] = [name for name in folders if self.recursive and not _is_state(name)]
-            for name in files:
-                path = Path(here, name)
-                if self.takes(path) and is_database_file(path):
-                    yield path
-
     def takes(self, path: Path) -> bool:
-        """Whether a file there would be looked at."""
-        if not path.is_relative_to(self.path) or path.name.endswith(COMPANIONS) or path.is_symlink():
-            return False
-        return self._reaches(path.parent) and fnmatch.fnmatchcase(path.name, self.pattern)
+        """Whether a file of this name would be looked at."""
+        return path.is_relative_to(self.path) and self.takes_name(path.name) and self.reaches(path.parent)
 
-    def _reaches(self, folder: Path) -> bool:
+    def takes_name(self, name: str) -> bool:
+        is_of_a_restore = name.startswith(".") and fnmatch.fnmatchcase(name, RESTORING)
+        return not is_of_a_restore and (self.pattern == "*" or fnmatch.fnmatchcase(name, self.pattern))
+
+    def enters(self, name: str) -> bool:
+        """Whether folders of this name in it are looked into."""
+        return self.recursive and not _is_state(name)
+
+    def reaches(self, folder: Path) -> bool:
         """Whether files in a folder are of interest."""
         if not folder.is_relative_to(self.path):
             return False
-        within = folder.relative_to(self.path).parts
-        return not any(_is_state(part) for part in within) and (self.recursive or not within)
+        return all(self.enters(part) for part in folder.relative_to(self.path).parts)
 
 
 def _is_state(name: str) -> bool:
     return name.startswith(".") and name.endswith(STATE_SUFFIX)
 
 
-def database_of(path: Path) -> Path:
-    """The database that a file belongs to: itself, or the one whose WAL, index or journal it is."""
+def companion_of(path: Path) -> Path | None:
+    """The database whose WAL, index or journal a file of this name would be; None for another name."""
     for suffix in COMPANIONS:
-        if path.name.endswith(suffix):
+        if path.name.endswith(suffix) and path.name != suffix:
             return path.with_name(path.name.removesuffix(suffix))
-    return path
+    return None
 
 
 @dataclass
 class _Scheduled:
-    """One folder under watch. users: how many databases and folders of ours need it. inode: which folder it was."""
+    """One folder under watch. users: how many databases and folders of ours need it. inode: which folder it was.
 
-    watch: ObservedWatch
+    watch: None, and inode 0, while the kernel refuses it.
+    """
+
+    watch: ObservedWatch | None
     handler: FileSystemEventHandler
     users: int
     inode: int
@@ -116,12 +131,36 @@ class _Scheduled:
 _Key = tuple[Path, Folder | None]
 
 
-class _CalmInotify(InotifyFD):
-    """watchdog's reader of the kernel's queue, at its own pace instead of the writers'."""
+class CalmInotify(InotifyFD):
+    """watchdog's reader of the kernel's queue, at its own pace instead of the writers'. Remembers what the kernel refused to watch.
+
+    on_lost: called when the kernel's queue ran over, so that events were lost.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._read_at = 0.0
+        self.refused: dict[Path, str] = {}
+        self.on_lost: Callable[[], None] = lambda: None
+
+    def add_callback(self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId) -> WatchDescriptor:
+        folder = Path(os.fsdecode(path))
+        try:
+            added = self._ask_kernel(path, mask, callback, id_)
+        except OSError as error:  # of folders in a watched one, watchdog says nothing to anybody
+            if error.errno in _HINTS:
+                self.refused[folder] = _HINTS[error.errno]
+            raise
+        self.refused.pop(folder, None)
+        return added
+
+    def _ask_kernel(self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId) -> WatchDescriptor:
+        return super().add_callback(path, mask, callback, id_)
+
+    def handle_event(self, event: InotifyEvent) -> None:
+        super().handle_event(event)
+        if event.is_queue_overflow:
+            self.on_lost()
 
     def read_events(self, *, event_buffer_size: int = DEFAULT_EVENT_BUFFER_SIZE) -> list[InotifyEvent]:
         time.sleep(max(0.0, self._read_at + CALM_S - time.monotonic()))
@@ -140,12 +179,25 @@ class _CalmInotify(InotifyFD):
 class Watch:
     """Calls back from the observer's thread; the callbacks must be quick."""
 
-    def __init__(self, touched: Callable[[Path, bool], None], appeared: Callable[[Folder, Path], None]) -> None:
-        """touched: with the path of a database (or what may become one) whose files changed, and whether one of them was there and is gone.
-        appeared: a folder below a watched one is new, or is gone."""
+    def __init__(
+        self,
+        touched: Callable[[Path, bool], None],
+        appeared: Callable[[Folder, Path], None],
+        lost: Callable[[], None] = lambda: None,
+        inotify: Callable[[], CalmInotify] = CalmInotify,
+    ) -> None:
+        """touched: with the path of a file that changed, and whether it was there and is gone.
+        appeared: a folder below a watched one is new, or is gone. lost: events were.
+        Raises ConfigError when the kernel gives no watcher.
+        """
         self._touched = touched
         self._appeared = appeared
-        self._inotify = _CalmInotify()
+        try:
+            self._inotify = inotify()
+        except OSError as error:
+            why = _HINTS.get(error.errno or 0, error.strerror)
+            raise ConfigError(f"files cannot be watched: {why}") from error
+        self._inotify.on_lost = lost
         self._observer = BaseObserver(InotifyEmitter, inotify_fd=self._inotify)
         self._guard = threading.Lock()
         self._watches: dict[_Key, _Scheduled] = {}
@@ -154,6 +206,15 @@ class Watch:
         self._inotify.start()
         self._observer.start()
 
+    def unwatched(self, folder: Path) -> str:
+        """Why changes in a folder are seen by the sweep only; '' when they are seen at once."""
+        if not (self._inotify.is_alive() and self._observer.is_alive()):
+            return "files are not watched any more; restart it"
+        for refused, why in list(self._inotify.refused.items()):
+            if folder.is_relative_to(refused):
+                return f"{refused} cannot be watched: {why}"
+        return ""
+
     def stop(self) -> None:
         for thread in (self._observer, self._inotify):
             thread.stop()
@@ -161,34 +222,45 @@ class Watch:
                 thread.join()
 
     def add_file(self, path: Path) -> None:
-        """Watch one database. Raises ConfigError when its folder is missing or cannot be watched."""
+        """Watch one database. Raises ConfigError when its folder is missing; ``unwatched`` says when the kernel refuses it for now."""
         self._add((path.parent, None))
 
     def remove_file(self, path: Path) -> None:
         self._remove((path.parent, None))
 
     def add_folder(self, folder: Folder) -> None:
-        """Raises ConfigError when it is missing or cannot be watched."""
+        """Raises ConfigError when it is missing; ``unwatched`` says when the kernel refuses it for now."""
         self._add((folder.path, folder))
 
     def remove_folder(self, folder: Folder) -> None:
         self._remove((folder.path, folder))
 
     def renew(self) -> None:
-        """Watch again what was deleted and made anew, since the kernel watches folders, not paths."""
+        """Watch again what was deleted and made anew, since the kernel watches folders, not paths; and what it refused."""
         with self._guard:
+            self._forget_gone()
             for key, known in self._watches.items():
                 inode = _inode(key[0])
-                if inode not in (0, known.inode):
+                if inode != 0 and (inode != known.inode or self._is_partly_refused(key)):
                     known.inode = 0  # until it is watched again; one that cannot be must not keep the others from it
-                    with suppress(KeyError):
-                        self._observer.unschedule(known.watch)
+                    if known.watch is not None:
+                        with suppress(KeyError):
+                            self._observer.unschedule(known.watch)
                     try:
                         renewed = self._schedule(key)
                     except ConfigError as error:
                         log.warning("%s", error)
                         continue
-                    known.watch, known.handler, known.inode = renewed.watch, renewed.handler, inode
+                    known.watch, known.handler, known.inode = renewed.watch, renewed.handler, renewed.inode
+
+    def _forget_gone(self) -> None:
+        for refused in list(self._inotify.refused):
+            if not refused.is_dir():
+                self._inotify.refused.pop(refused, None)
+
+    def _is_partly_refused(self, key: _Key) -> bool:
+        folder = key[1]
+        return folder is not None and any(folder.reaches(refused) for refused in self._inotify.refused)
 
     def _add(self, key: _Key) -> None:
         with self._guard:
@@ -207,8 +279,10 @@ class Watch:
         try:
             watch = self._observer.schedule(handler, str(path), recursive=recursive, event_filter=events)
         except OSError as error:
-            hints = {_ENOSPC: "; raise fs.inotify.max_user_watches", _EMFILE: "; raise fs.inotify.max_user_instances"}
-            raise ConfigError(f"{path} cannot be watched: {error.strerror}{hints.get(error.errno or 0, '')}") from error
+            if error.errno not in _HINTS:
+                raise ConfigError(f"{path} cannot be watched: {error.strerror}") from error
+            log.warning("%s cannot be watched: %s", path, _HINTS[error.errno])
+            return _Scheduled(None, handler, 1, 0)
         return _Scheduled(watch, handler, 1, inode)
 
     def _remove(self, key: _Key) -> None:
@@ -220,6 +294,8 @@ class Watch:
             if known.users:
                 return
             del self._watches[key]
+            if known.watch is None:
+                return
             others = any(other.watch == known.watch for other in self._watches.values())
             if others:  # a folder and a database in it may share one
                 self._observer.remove_handler_for_watch(known.handler, known.watch)
@@ -251,4 +327,4 @@ class _Handler(FileSystemEventHandler):
         is_gone = isinstance(event, (FileDeletedEvent, FileMovedEvent))
         for name, gone in ((event.src_path, is_gone), (event.dest_path, False)):
             if name:
-                self._touched(database_of(Path(os.fsdecode(name))), gone)
+                self._touched(Path(os.fsdecode(name)), gone)

@@ -16,11 +16,19 @@ from pathlib import Path
 
 from replicator import origin
 from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
-from replicator.errors import DatabaseError, DatabaseMissing, NotADatabase, ReplicatorError, SyncTimeout
+from replicator.database import identify
+from replicator.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseMissing,
+    NotADatabase,
+    ReplicatorError,
+    SyncTimeout,
+)
 from replicator.pace import Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
-from replicator.ship import Shipper, arrived
+from replicator.ship import PROVE_EVERY_S, Diverged, Shipper, arrived
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.upkeep import Upkeep, UpkeepSettings
@@ -76,12 +84,14 @@ class DatabaseStatus:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses."""
+    """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
+    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
     burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
+    prove_every_s: float = PROVE_EVERY_S
     upkeep: UpkeepSettings = UpkeepSettings()
 
 
@@ -114,12 +124,20 @@ class DatabaseWorker:
         self._now_ms = now_ms
         self._epoch = epoch
         self._register = register
-        self._spool = Spool(state_directory)
+        self._spool = Spool(state_directory, now_ms=now_ms)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
         self.upkeep = Upkeep(store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
-        self._shipper = Shipper(self._spool, store, uploads, self._on_upload, self.upkeep.arrived, now_ms=now_ms)
+        self._shipper = Shipper(
+            self._spool,
+            store,
+            uploads,
+            self._on_upload,
+            self.upkeep.arrived,
+            now_ms=now_ms,
+            prove_every_s=settings.prove_every_s,
+        )
         self._wake = wake
         self._begun: origin.Origin | None = None
         self._problem: Exception | None = None
@@ -133,6 +151,7 @@ class DatabaseWorker:
         self._captured_for = 0  # the timeline that it captured for
         self._wanted_step = 0  # the step that somebody waits for, so that it must not be put off
         self._closed = False
+        self._forgets = False
 
     # -- the loop's body -----------------------------------------------------------------------------------------------
 
@@ -207,6 +226,7 @@ class DatabaseWorker:
     def _capture_some(self) -> float | None:
         before = self._capture.position
         if self._shipper.diverged is not None:
+            self._check_present(self._shipper.diverged)
             self._begin_timeline(NeedsTimeline(str(self._shipper.diverged), None))
         try:
             wait_s = self._capture.step()
@@ -217,6 +237,16 @@ class DatabaseWorker:
         if self._capture.position != before:
             self._pace.spend()
         return wait_s
+
+    def _check_present(self, diverged: Diverged) -> None:
+        """What waits is thrown away only as long as the database still has it. Raises DatabaseMissing."""
+        try:
+            identify(self.path)
+        except DatabaseMissing:
+            if self._spool.waiting():
+                log.warning("%s is gone, and its last commits cannot be shipped: %s", self.path, diverged)
+            self._capture.give_up()
+            raise
 
     def _begin_timeline(self, need: NeedsTimeline) -> None:
         """A record that was written for a try that failed locally is used by the next one."""
@@ -237,7 +267,8 @@ class DatabaseWorker:
         self._capture.begin_timeline(begun.timeline, begun.txid, begun.known, keep_waiting=begun.known is not None)
         self._shipper.begin_timeline(begun.timeline)
         self._begun = None
-        log.info("%s goes on as timeline %d: %s", self.path, begun.timeline.number, need.reason)
+        verb = "begins" if need.known is None else "goes on as"
+        log.info("%s %s timeline %d: %s", self.path, verb, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
         timeline, captured = self._capture.timeline, self._capture.position
@@ -355,16 +386,29 @@ class DatabaseWorker:
         """Whether the database is gone, and everything that was captured of it is in the store."""
         return isinstance(self._problem, DatabaseMissing) and not self._spool.waiting() and self._shipper.idle
 
-    def close(self) -> None:
-        """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now."""
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the database itself, and neither a lock nor the store, kept the last step from capturing it."""
+        return isinstance(self._problem, DatabaseError) and not isinstance(self._problem, DatabaseBusy)
+
+    def close(self, *, forget: bool = False) -> None:
+        """Let go of everything; what waits stays in the spool for the next start. At the end of the step, if one runs now.
+
+        forget: remove the local state too, if the database is gone for good (``is_finished``).
+        """
         with self._changed:
+            self._forgets = forget
             if not self._closed and not self._stepping:
                 self._close()
             self._closed = True
 
     def _close(self) -> None:
         try:
-            self._capture.close()
+            if self._forgets and self.is_finished:
+                self._capture.let_go()
+                self._spool.remove()
+            else:
+                self._capture.close()
         except (ReplicatorError, OSError) as error:
             log.warning("%s: its local state could not be brought up to date: %s", self.path, error)
         finally:
@@ -380,7 +424,9 @@ class DatabaseWorker:
         return None if durable is None or any(ref.is_snapshot for ref in self._spool.waiting()) else durable.timeline
 
     def _durable_ms(self) -> int:
-        return self._shipper.durable_commit_ms if self._spool.waiting() else self._capture.last_commit_ms
+        if not self._spool.waiting():
+            return self._capture.last_commit_ms
+        return self._shipper.durable_commit_ms or self._spool.waiting_commit_ms()
 
     def _lag_s(self) -> float:
         return self._spool.waiting_s() or self._shipper.lag_s

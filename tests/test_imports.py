@@ -13,13 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 ONLY_IN = {
     "boto3": {"replicator/store/s3.py"},
     "botocore": {"replicator/store/s3.py"},
-    "docker": {"minipaas/engine/docker_api.py"},
+    "docker": {"minipaas/engine/docker_api/"},
     "watchdog": {"replicator/watch.py"},
-    "apsw": {"replicator/database.py", "replicator/restore.py", "minipaas/state.py"},
+    "apsw": {
+        "replicator/database.py",
+        "replicator/restore.py",
+        "replicator/past.py",
+        "replicator/diff.py",
+        "minipaas/state.py",
+    },
     "pyrage": {"minipaas/sealing.py"},
-    "click": {"replicator/cli.py", "minipaas/cli/"},
-    "rich": {"replicator/cli.py", "minipaas/cli/"},
-    "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
+    "click": {"replicator/cli/", "minipaas/cli/"},
+    "rich": {"replicator/cli/restore.py", "minipaas/cli/"},
+    "waitress": {"minipaas/web/door.py"},
+    "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api/"},
 }
 PURE = {
     "replicator/values.py",
@@ -27,15 +34,23 @@ PURE = {
     "replicator/segment.py",
     "replicator/pagehash.py",
     "replicator/layout.py",
+    "replicator/litestream/chain.py",
+    "replicator/ltx.py",
     "replicator/chain.py",
     "replicator/merge.py",
     "replicator/levels.py",
+    "replicator/btree.py",
     "minipaas/model.py",
     "minipaas/plan.py",
     "minipaas/manifest.py",
 }
 IMPURE = {"os", "socket", "subprocess", "time", "threading", "logging", "random", "shutil", "requests", "urllib"}
-ENTRY_POINTS = {"replicator/cli.py", "replicator/__main__.py", "minipaas/cli/", "minipaas/__main__.py"}
+ENTRY_POINTS = {
+    "replicator/cli/",
+    "replicator/__main__.py",
+    "minipaas/cli/",
+    "minipaas/__main__.py",
+}
 
 
 def sources() -> list[str]:

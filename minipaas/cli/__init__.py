@@ -1,6 +1,6 @@
 """The command line. Owns the root command and how errors end it; each group of commands has a file of its own.
 
-Never does what the server does: but for ``setup``, ``serve``, ``recover`` and ``down``, every command is a client of the API.
+Never does what the server does: but for those of ``node``, every command is a client of the API.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 import click
 
 from minipaas.cli import apps, deploy, node
-from minipaas.errors import PlatformError
-from replicator import ReplicatorError
+from minipaas.errors import Interrupted, PlatformError
+from replicator import ReplicatorError, printable
 
 
 class _Commands(click.Group):
@@ -41,7 +42,7 @@ def _version() -> str:
         return "from a clone"
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(_version(), prog_name="minipaas")
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def root(debug: bool) -> None:
@@ -59,44 +60,52 @@ for command in (*node.COMMANDS, *deploy.COMMANDS, *apps.COMMANDS):
 
 
 def main() -> NoReturn:
-    """Entry point. Exit codes: 0 done, 1 refused or failed, 2 usage, 3 partly done, 4 auth, 5 time-out, 130 interrupted."""
-    debug = "--debug" in sys.argv
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Exit codes: 0 done, 1 refused or failed, 2 usage, 3 partly done, 4 auth, 5 time-out, 130 interrupted."""
+    debug = "--debug" in arguments
     _log_to_stderr(logging.DEBUG if debug else logging.INFO)
     try:
-        root.main(standalone_mode=False)
-        code = 0
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        code = 130
+        root.main(list(arguments), prog_name="minipaas", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _fail("interrupted", Interrupted.exit_code)
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
+        return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return 1
+    except (PlatformError, ReplicatorError) as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, PlatformError | ReplicatorError)
-        click.echo(
-            f"Error: {error}" if known else f"Error: {error!r}; `minipaas --debug …` shows where it comes from",
-            err=True,
-        )
-        code = error.exit_code if isinstance(error, PlatformError | ReplicatorError) else 1
-    sys.exit(code)
+        return _fail(f"{type(error).__name__}: {error}; this is a defect, `minipaas --debug …` shows where", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {printable(' '.join(message.split()))}", err=True)
+    return code
 
 
 class _Fields(logging.Formatter):
-    """The message, and the fields that came with it as name=value."""
+    """The message, and the fields that came with it as name=value: one line, whatever names and words are in them."""
 
     STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         fields = [f"{name}={value}" for name, value in vars(record).items() if name not in self.STANDARD]
-        return " ".join([text, *fields])
+        return printable(" ".join([super().formatMessage(record), *fields]))
 
 
 def _log_to_stderr(level: int) -> None:

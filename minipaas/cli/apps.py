@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import click
 
 from minipaas import manifest
 from minipaas.cli import text
-from minipaas.cli.client import Client, with_client
+from minipaas.cli.client import Client, goes_on, with_client
 from minipaas.errors import BadRequest
 
 json_option = click.option("-j", "--json", "as_json", is_flag=True, help="As JSON.")
@@ -24,12 +26,13 @@ yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 def _app(name: str, app: str = "") -> str:
     """The app that a command is about: its argument, -a, or the one that the directory's file names."""
-    found = name or app
+    if name or app:
+        return name or app
+    path = manifest.look(Path())
+    found = manifest.load(path)[0].app if path else None
     if not found:
-        path = manifest.find(Path())
-        found = manifest.load(path)[0].app or ""
-        if not found:
-            raise BadRequest(f"{path} names no app; name one")
+        where = f"{path} names none" if path else "there is no minipaas.toml here"
+        raise BadRequest(f"which app? say its name, or --app NAME; {where}")
     return found
 
 
@@ -73,7 +76,7 @@ def list_apps(client: Client, as_json: bool) -> None:
 def create(client: Client, name: str) -> None:
     """Reserve a name."""
     client.post("/v1/apps", {"name": name})
-    click.echo(f"created {name}")
+    text.say(f"created {name}")
 
 
 @click.command()
@@ -98,20 +101,23 @@ def _node_status(client: Client, as_json: bool) -> None:
     if as_json:
         text.as_json(node)
         return
-    click.echo(f"node {node['name']} ({node['region']}), {node['engine']}")
-    click.echo(f"bucket {node['bucket']}")
+    text.say(f"node {node['name']} ({node['region']}), {node['engine']}")
+    text.say(f"bucket {node['bucket']}")
     for trouble in node["troubles"]:
-        click.echo(f"  ! {trouble}")
+        text.say(f"  ! {trouble}")
     _show_databases(node["databases"])
 
 
 def _show_app(app: dict[str, Any]) -> None:
     release = f"v{app['release']}" if app["release"] else "no release"
-    click.echo(f"{app['name']}: {app['state']}, {release}  {app['url']}")
+    text.say(f"{app['name']}: {app['state']}, {release}  {app['url']}")
     if app["words"]:
-        click.echo(f"  {app['words']}")
+        text.say(f"  {app['words']}")
+    last = app["last_release"]
+    if last and last["status"] == "failed" and last["message"] != app["words"]:
+        text.say(f"  v{last['number']} failed: {last['message']}")
     if app["purge_after_ms"]:
-        click.echo(f"  its data is kept until {text.moment(app['purge_after_ms'], _now_ms())}")
+        text.say(f"  its data is kept until {text.moment(app['purge_after_ms'], _now_ms())}")
     now_ms = _now_ms()
     machines = [
         (m["id"], m["state"], f"v{m['release']}", m["group"], m["node"], text.ago(m["started_ms"], now_ms), m["words"])
@@ -157,9 +163,8 @@ def logs(client: Client, name: str, app: str, follow: bool, tail: int, as_json: 
         if as_json:
             click.echo(json.dumps(line))
         else:
-            click.echo(
-                f"{text.moment(line['at_ms'], line['at_ms']).split(' UTC')[0]} {line.get('machine', '')[:8]} {line['text']}"
-            )
+            at = text.moment(line["at_ms"], line["at_ms"]).split(" UTC")[0]
+            click.echo(f"{at} {line.get('machine', '')[:8]} {text.output_of_app(line['text'])}")
 
 
 @click.command()
@@ -169,8 +174,10 @@ def logs(client: Client, name: str, app: str, follow: bool, tail: int, as_json: 
 def restart(client: Client, name: str, app: str) -> None:
     """Stop and start an app's machines; its requests wait meanwhile."""
     found = _app(name, app)
-    client.post(f"/v1/apps/{found}/restart")
-    click.echo(f"{found} restarted")
+    text.note(f"restarting {found}; its requests wait until its machine is healthy")
+    with goes_on(f"the restart of {found}", found):
+        client.post(f"/v1/apps/{found}/restart")
+    text.say(f"{found} restarted")
 
 
 @click.command()
@@ -184,8 +191,10 @@ def destroy(client: Client, name: str, yes: bool) -> None:
             raise BadRequest(f"destroying {name} needs a yes: say -y")
         if click.prompt(f"This ends {name}. Type its name to go on") != name:
             raise BadRequest("that is another name; nothing was done")
-    answer = client.delete(f"/v1/apps/{name}")
-    click.echo(f"{name} is destroyed; its data is kept until {text.moment(answer.get('purge_after_ms'), _now_ms())}")
+    with goes_on(f"the end of {name}", name):
+        answer = client.delete(f"/v1/apps/{name}")
+    until = text.moment(answer.get("purge_after_ms"), _now_ms())
+    text.say(f"{name} is destroyed: it is being stopped, and its data is kept until {until}")
 
 
 apps.add_command(destroy)
@@ -256,15 +265,45 @@ def list_secrets(client: Client, app: str, as_json: bool) -> None:
 @app_option
 @with_client
 def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
-    """Set secrets; NAME alone or - reads the value from standard input, so that it stays out of the shell's history."""
+    """Set secrets. NAME alone reads its value from standard input, so that it stays out of the shell's history.
+
+    A running app is started anew with them, as its next release. An empty value has to be meant: NAME= with nothing after it.
+    """
     if not pairs:
         raise BadRequest("name at least one secret: NAME=VALUE, or NAME to read its value from standard input")
-    values = {}
+    found, values = _app("", app), _given(pairs)
+    with _new_release(found, "setting secrets of {}; if it runs, its next release starts with them"):
+        answer = client.put(f"/v1/apps/{found}/secrets", values)
+    text.say(_changed("set", answer))
+
+
+def _given(pairs: Sequence[str]) -> dict[str, str]:
+    values, read = {}, ""
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        values[name] = value if separator and value != "-" else sys.stdin.read().rstrip("\n")
-    answer = client.put(f"/v1/apps/{_app('', app)}/secrets", values)
-    click.echo(_changed(len(values), "set", answer["release"]))
+        if name in values:
+            raise BadRequest(f"{name} is named twice; nothing was set")
+        if separator and value != "-":
+            values[name] = value
+        elif read:
+            raise BadRequest(f"standard input holds one value, for {read} or for {name}; set them one by one")
+        else:
+            read, values[name] = name, _from_standard_input(name)
+    return values
+
+
+def _from_standard_input(name: str) -> str:
+    """Asked for without echo at a terminal. Nothing is no value: it is what a pipe gives whose other end has failed."""
+    if sys.stdin.isatty():
+        value = str(click.prompt(f"Value of {name}", hide_input=True, default="", show_default=False))
+    else:
+        try:
+            value = sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"the value of {name} is not text in UTF-8; nothing was set") from error
+    if not value:
+        raise BadRequest(f"nothing came on standard input for {name}, so nothing was set; {name}= sets an empty value")
+    return value
 
 
 @secrets.command()
@@ -273,12 +312,24 @@ def set_secrets(client: Client, pairs: tuple[str, ...], app: str) -> None:
 @with_client
 def unset(client: Client, names: tuple[str, ...], app: str) -> None:
     """Remove secrets."""
-    answer = client.delete(f"/v1/apps/{_app('', app)}/secrets", {"names": list(names)})
-    click.echo(_changed(len(names), "removed", answer["release"]))
+    found = _app("", app)
+    with _new_release(found, "removing secrets of {}; if it runs, its next release starts without them"):
+        answer = client.delete(f"/v1/apps/{found}/secrets", {"names": list(names)})
+    text.say(_changed("removed", answer))
 
 
-def _changed(count: int, what: str, release: int | None) -> str:
-    return f"{count} {what}" + (f"; v{release} runs with them" if release else "; the first release will run with them")
+@contextmanager
+def _new_release(app: str, words: str) -> Iterator[None]:
+    text.note(words.format(app))
+    with goes_on(f"the change of {app}'s secrets", app):
+        yield
+
+
+def _changed(what: str, answer: dict[str, Any]) -> str:
+    if not answer["changed"]:
+        return "nothing changed: the values are the same"
+    runs = f"v{answer['release']} runs with them" if answer["release"] else "the first release will run with them"
+    return f"{len(answer['changed'])} {what}; {runs}"
 
 
 COMMANDS = (apps, status, logs, restart, destroy, releases, volumes, secrets)

@@ -6,23 +6,29 @@ Never prints. The token comes from MINIPAAS_TOKEN or the node's data directory, 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import requests
 
 from minipaas import access, errors
-from minipaas.errors import NotAuthorised, PlatformError, TimedOut, Unavailable
+from minipaas.errors import BadRequest, Interrupted, NotAuthorised, NotFound, PlatformError, TimedOut, Unavailable
 from minipaas.settings import DEFAULT_DATA_DIR, listen_address, read_settings
 
 CONNECT_S = 5.0
 ANSWER_S = 150.0
 STREAM_S = 3600.0
+PART_BYTES = 4 << 20
+PART_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,14 @@ class Server:
 
     def url(self) -> str:
         if self.api:
-            return self.api.rstrip("/")
-        host, port = listen_address(read_settings(self.data).api_listen, "api_listen")
+            return _server_url(self.api)
+        try:
+            settings = read_settings(self.data)
+        except NotFound as error:
+            raise NotFound(
+                f"there is no node in {self.data}; name its directory with --data, or a node elsewhere with --api and MINIPAAS_TOKEN"
+            ) from error
+        host, port = listen_address(settings.api_listen, "api_listen")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -47,9 +59,19 @@ class Server:
         try:
             return path.read_text().strip()
         except OSError as error:
-            raise NotAuthorised(
-                f"no token: {path}: {error.strerror}; set MINIPAAS_TOKEN and MINIPAAS_API, or name --data"
-            ) from error
+            why = f"in {path}: {error.strerror}" if not self.api else f"for {self.api}"
+            raise NotAuthorised(f"there is no token {why}; set MINIPAAS_TOKEN, or be root on the node") from error
+
+
+def _server_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known or parts.query or parts.fragment:
+        raise BadRequest(f"--api (or MINIPAAS_API) {text!r} is not the URL of a node; write http://HOST:PORT")
+    return text.rstrip("/")
 
 
 class Client:
@@ -74,9 +96,23 @@ class Client:
         return self._call("DELETE", path, json=body).json()
 
     def upload(self, content: Iterable[bytes]) -> str:
-        """The id under which the server keeps the bytes."""
-        answer = self._call("PUT", "/v1/uploads", data=content, timeout=(CONNECT_S, STREAM_S))
-        return str(answer.json()["id"])
+        """The id under which the server keeps the bytes. They travel in parts, each of which is sent again when it is lost."""
+        upload = str(self.post("/v1/uploads")["id"])
+        at = 0
+        for part in parts(content, PART_BYTES):
+            self._send_part(f"/v1/uploads/{upload}", at, part)
+            at += len(part)
+        return upload
+
+    def _send_part(self, path: str, at: int, part: bytes) -> None:
+        for attempt in range(PART_ATTEMPTS):
+            try:
+                self._call("PUT", path, params={"at": str(at)}, data=io.BytesIO(part))
+                return
+            except (Unavailable, TimedOut):
+                if attempt + 1 == PART_ATTEMPTS:
+                    raise
+                time.sleep(attempt)
 
     def stream(self, method: str, path: str, body: object = None, **query: object) -> Iterator[dict[str, Any]]:
         """Values of a newline-delimited JSON answer, as they come."""
@@ -101,6 +137,29 @@ class Client:
         if answer.status_code >= 400:
             raise _error(answer)
         return answer
+
+
+def parts(content: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes, ``size`` at a time; the last part is what is left."""
+    waiting = bytearray()
+    for chunk in content:
+        waiting += chunk
+        while len(waiting) >= size:
+            yield bytes(waiting[:size])
+            del waiting[:size]
+    if waiting:
+        yield bytes(waiting)
+
+
+@contextmanager
+def goes_on(change: str, app: str) -> Iterator[None]:
+    """Around a call that changes something: who interrupts it ends the command, not the change, and is told so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted here, but {change} may be recorded by now and then goes on at the node; look with: minipaas status {app}"
+        ) from None
 
 
 def _query(values: dict[str, object]) -> dict[str, str]:

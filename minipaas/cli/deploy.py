@@ -9,13 +9,17 @@ from typing import Any
 import click
 
 from minipaas import manifest, tarball
-from minipaas.cli.client import Client, with_client
-from minipaas.errors import BadRequest, PlatformError
+from minipaas.cli import text as texts
+from minipaas.cli.client import Client, goes_on, with_client
+from minipaas.errors import BadRequest, PlatformError, Unavailable
 
 CHUNK_BYTES = 1 << 20
 
 
-@click.command()
+_EXAMPLE = "\n".join(f"  {line}" for line in manifest.EXAMPLE.splitlines())
+
+
+@click.command(epilog=f"\b\nA minipaas.toml to begin with:\n{_EXAMPLE}")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path())
 @click.option(
     "-c",
@@ -41,35 +45,35 @@ def deploy(
     """Build what is in DIRECTORY, and run it as the next release of its app.
 
     The old release serves until the new one is healthy. An app with a volume has one writer: its requests wait while it is swapped.
+    With --app and without a file, an app keeps the configuration that it has.
     """
     if image and archive:
         raise BadRequest("--image and --archive are two sources; name one")
-    path = config or manifest.find(directory)
-    text = path.read_text(encoding="utf-8")
-    parsed, warnings = manifest.parse(text, str(path))
-    for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
+    path = config or (manifest.look(directory) if app else manifest.find(directory))
+    text = manifest.read(path) if path else None
+    parsed = manifest.parse(text, str(path))[0] if text is not None else manifest.Manifest()
     app = app or parsed.app or ""
     if not app:
         raise BadRequest(f'{path} names no app; add `app = "NAME"`, or say --app NAME')
     body = {
         "source": _source(client, directory, parsed, image or (parsed.build.image or ""), archive),
         "manifest": text,
-        "file": path.name,
+        "file": path.name if path else "",
         "build_args": dict(_build_arg(each) for each in build_arg),
     }
-    _follow(client.stream("POST", f"/v1/apps/{app}/deploys", body))
+    with goes_on("the deploy", app):
+        _follow(client.stream("POST", f"/v1/apps/{app}/deploys", body))
 
 
 def _source(
     client: Client, directory: Path, parsed: manifest.Manifest, image: str, archive: Path | None
 ) -> dict[str, str]:
     if archive is not None:
-        click.echo(f"-----> Sending {archive.name}, {archive.stat().st_size / 1048576:.1f} MiB")
+        texts.say(f"-----> Sending {archive.name}, {archive.stat().st_size / 1048576:.1f} MiB")
         return {"kind": "archive", "upload": client.upload(_chunks(archive))}
     if image:
         return {"kind": "image", "ref": image}
-    click.echo(f"-----> Sending {directory.resolve().name}")
+    texts.say(f"-----> Sending {directory.resolve().name}")
     ignorefile = directory / parsed.build.ignorefile if parsed.build.ignorefile else None
     return {
         "kind": "source",
@@ -100,17 +104,17 @@ def _follow(events: Iterator[dict[str, Any]]) -> None:
         text = event.get("text", "")
         match event["event"]:
             case "step":
-                click.echo(f"-----> {text}")
+                texts.say(f"-----> {text}")
             case "warning":
-                click.echo(f"Warning: {text}", err=True)
+                texts.note(f"Warning: {text}")
             case "done":
-                click.echo(f"-----> {text}")
+                texts.say(f"-----> {text}")
                 return
             case "failed":
                 raise PlatformError(text)
             case _:
-                click.echo(f"       {text}")
-    raise PlatformError("the server ended the answer before the deploy was done; look with: minipaas status")
+                click.echo(f"       {texts.output_of_app(text)}")
+    raise Unavailable("the server ended the answer before the deploy was done; look with: minipaas status")
 
 
 COMMANDS = (deploy,)

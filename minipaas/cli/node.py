@@ -1,6 +1,6 @@
-"""Commands about the node itself: ``setup``, ``serve``, ``recover``, ``down``. Owns the wiring of the real parts.
+"""Commands about the node itself: ``setup``, ``serve``, ``recover``, ``down``, ``systemd-unit``. Owns the wiring of the real parts.
 
-These four work on the node's data directory, on this host; everything else is a client of the API.
+These five work on the node's data directory, on this host; everything else is a client of the API.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from minipaas.cli import text
 from minipaas.errors import BadRequest
 from minipaas.settings import (
     DEFAULT_DATA_DIR,
@@ -25,8 +26,18 @@ from minipaas.settings import (
     read_settings,
 )
 
+if TYPE_CHECKING:
+    from minipaas.state import State
+
 data_option = click.option("--data", "data_dir", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_DATA_DIR,
                            envvar="MINIPAAS_DATA", show_default=True, help="Where this node keeps everything.")  # fmt: skip
+
+
+def _fixed_port(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A port that the system chooses would be another one at every start, and nobody would find it."""
+    if value.rpartition(":")[2] == "0":
+        raise BadRequest(f"{param.opts[0]} {value}: there is no port 0; choose one from 1 to 65535")
+    return value
 
 
 def node_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -40,8 +51,10 @@ def node_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--name", "node", required=True, help="Of this node."),
         click.option("--region", required=True, help="Where it is, such as ams."),
         click.option("--domain", default="", help="Apps answer to APP.DOMAIN  [setup: localhost; recover: as before]"),
-        click.option("--http", "http_listen", default="0.0.0.0:80", show_default=True, help="Where apps are reached."),
-        click.option("--api", "api_listen", default="127.0.0.1:7070", show_default=True, help="Where API and page are reached."),
+        click.option("--http", "http_listen", default="0.0.0.0:80", show_default=True, callback=_fixed_port,
+                     help="Where apps are reached."),
+        click.option("--api", "api_listen", default="127.0.0.1:7070", show_default=True, callback=_fixed_port,
+                     help="Where API and page are reached."),
         click.option("--engine", default="", help="URL of a container engine's API; else one is found, or Podman is run."),
     )  # fmt: skip
     for option in reversed(options):
@@ -82,8 +95,9 @@ def setup(sync_interval: float, as_json: bool, **given: Any) -> None:
     values = Given(**given).absolute()
     values["domain"] = values["domain"] or "localhost"
     credentials = read_credentials(values["data_dir"], os.environ)
-    bucket = backups.open_bucket(values["bucket"], credentials)
-    result = set_up(SetupRequest(**values, sync_interval_s=sync_interval, credentials=credentials), bucket, now_ms())
+    bucket = backups.open_bucket(values["bucket"], credentials, backups.PROBE_PATIENCE_S)
+    request = SetupRequest(**values, sync_interval_s=sync_interval, credentials=credentials)
+    result = set_up(request, bucket, now_ms(), text.note)
     if as_json:
         click.echo(json.dumps({"recovery_key": result.recovery_key, "token": result.token, "fleet": result.fleet}))
         return
@@ -132,9 +146,9 @@ def recover(take_over: bool, recovery_key_file: Path | None, no_serve: bool, **g
     credentials = read_credentials(values["data_dir"], os.environ)
     key = _recovery_key(recovery_key_file)
     request = Recovery(**values, take_over=take_over, recovery_key=key, credentials=credentials)
-    settings = bring_back(request, click.echo, now_ms=now_ms)
+    settings = bring_back(request, text.say, now_ms=now_ms)
     if no_serve:
-        click.echo(f"the platform's state is back; next: minipaas serve --data {settings.data_dir}")
+        text.say(f"the platform's state is back; next: minipaas serve --data {settings.data_dir}")
     else:
         _serve(settings)
 
@@ -146,18 +160,41 @@ def down(data_dir: Path) -> None:
     from minipaas.serve import stop_everything
 
     settings = read_settings(data_dir.absolute())
-    stop_everything(settings, _wiring(settings), click.echo)
+    stop_everything(settings, _wiring(settings), text.say)
+
+
+@click.command("systemd-unit")
+@data_option
+def systemd_unit(data_dir: Path) -> None:
+    """Print a systemd unit that runs ``serve`` for this node, with the minipaas that prints it.
+
+    \b
+    minipaas systemd-unit > /etc/systemd/system/minipaas.service
+    systemctl daemon-reload && systemctl enable --now minipaas
+    """
+    from minipaas import systemd
+
+    settings = read_settings(data_dir.absolute())
+    click.echo(systemd.unit(Path(sys.executable), settings.data_dir), nl=False)
 
 
 def _serve(settings: Settings) -> None:
     from minipaas.serve import Server
     from minipaas.serve import serve as run
 
-    def ready(_: Server) -> None:
-        click.echo(f"ready: API and page on http://{settings.api_listen}/, apps on {settings.http_listen}")
+    def ready(server: Server) -> None:
+        text.say(f"ready: API and page on http://{settings.api_listen}/, apps on {settings.http_listen}")
+        if waiting := _being_restored(server.state):
+            text.say(
+                f"being restored from the bucket, before their apps start: {', '.join(waiting)}; see: minipaas status APP"
+            )
         sys.stdout.flush()
 
-    run(settings, _wiring(settings), ready, click.echo)
+    run(settings, _wiring(settings), ready, text.say)
+
+
+def _being_restored(state: State) -> list[str]:
+    return [f"{each.app}/{each.name}" for each in state.volumes() if each.state == "restoring"]
 
 
 def _wiring(settings: Settings) -> Any:
@@ -179,13 +216,14 @@ def _credentials(settings: Settings) -> Credentials | None:
 
 
 def _recovery_key(path: Path | None) -> str:
-    """From the file, the environment, or standard input; asked for without echo at a terminal."""
+    """From the file, the environment, or standard input; asked for without echo at a terminal. No program started later inherits it."""
+    from_environment = os.environ.pop("MINIPAAS_RECOVERY_KEY", "")
     if path is not None:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        content = path.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in content.splitlines() if line.strip() and not line.startswith("#")]
         return lines[0] if lines else ""
-    if key := os.environ.get("MINIPAAS_RECOVERY_KEY", ""):
-        return key
+    if from_environment:
+        return from_environment
     if sys.stdin.isatty():
         return str(click.prompt("Recovery key", hide_input=True))
     key = sys.stdin.readline().strip()
@@ -196,4 +234,4 @@ def _recovery_key(path: Path | None) -> str:
     return key
 
 
-COMMANDS = (setup, serve, recover, down)
+COMMANDS = (setup, serve, recover, down, systemd_unit)

@@ -318,7 +318,9 @@ def _end(pid: int, reap: Callable[[], object]) -> None:
 
 
 def _exited(process: int, patience_s: float) -> bool:
-    return bool(select.select([process], [], [], patience_s)[0])
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(patience_s * 1000))
 
 
 def _holder(port: int) -> str:

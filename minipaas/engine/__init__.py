@@ -1,6 +1,6 @@
 """Container engines: the two protocols that the platform needs of one, and the values they exchange.
 
-Owns the interface. Adapters: ``docker_api`` (the only importer of ``docker``; for Docker and Podman), ``fake``.
+Owns the interface. Adapters: ``docker_api`` (the only package that imports ``docker``; for Docker and Podman), ``fake``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class LogLine:
     text: str
 
 
+def nobody_leaves() -> bool:
+    """For those who read a log to its end."""
+    return False
+
+
 class Containers(Protocol):
     """Containers of this platform; others on the same engine are never seen nor touched (label ``minipaas.node``)."""
 
@@ -75,7 +80,11 @@ class Containers(Protocol):
         """Kill and remove. No error when it is gone."""
         ...
 
-    def logs(self, name: str, *, tail: int | None = None, follow: bool = False) -> Iterator[LogLine]: ...
+    def logs(
+        self, name: str, *, tail: int | None = None, follow: bool = False, gone: Callable[[], bool] = nobody_leaves
+    ) -> Iterator[LogLine]:
+        """follow: goes on until the container ends, or ``gone()``, which is noticed within two seconds though nothing is printed."""
+        ...
 
     def exec(self, name: str, command: Sequence[str], *, timeout_s: float) -> tuple[int, str]:
         """Exit code and combined output of a command run inside."""

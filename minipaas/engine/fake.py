@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from minipaas.engine import Container, ContainerSpec, LogLine
+from minipaas.engine import Container, ContainerSpec, LogLine, nobody_leaves
 from minipaas.engine.archive import (
     TAR_END,
     config_name,
@@ -141,14 +141,16 @@ class FakeContainers:
         self._all.pop(name, None)
         self._logs.pop(name, None)
 
-    def logs(self, name: str, *, tail: int | None = None, follow: bool = False) -> Iterator[LogLine]:
+    def logs(
+        self, name: str, *, tail: int | None = None, follow: bool = False, gone: Callable[[], bool] = nobody_leaves
+    ) -> Iterator[LogLine]:
         """Following gives what is there and what comes until the container has ended."""
         self._faults.check()
         if name not in self._logs:
             raise ContainerMissing(f"there is no container {name}")
-        return self._log_lines(name, tail, follow)
+        return self._log_lines(name, tail, follow, gone)
 
-    def _log_lines(self, name: str, tail: int | None, follow: bool) -> Iterator[LogLine]:
+    def _log_lines(self, name: str, tail: int | None, follow: bool, gone: Callable[[], bool]) -> Iterator[LogLine]:
         lines = self._logs[name]
         at = 0 if tail is None else max(0, len(lines) - tail)
         while True:
@@ -156,7 +158,7 @@ class FakeContainers:
             while at < len(lines):
                 yield lines[at]
                 at += 1
-            if not (follow and running):
+            if not (follow and running) or gone():
                 return
             self._sleep(0.01)
 

@@ -12,8 +12,23 @@ from minipaas.engine import LogLine
 
 MAX_LINE = 1 << 20
 MAX_FRAME = 16 << 20
+_CHUNK = 1 << 16
 _STREAMS = {1: "stdout", 2: "stderr"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def buffered(read_some: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """A read of exactly so many bytes, fewer at the end only, over one that gives what has come, b"" at the end."""
+    waiting = bytearray()
+
+    def read(size: int) -> bytes:
+        while len(waiting) < size and (some := read_some(_CHUNK)):
+            waiting.extend(some)
+        taken = bytes(waiting[:size])
+        del waiting[:size]
+        return taken
+
+    return read
 
 
 def frames(read: Callable[[int], bytes]) -> Iterator[tuple[str, bytes]]:

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipaas.engine.docker_api import NETWORK, host_ulimits
+from minipaas.engine.docker_api.abilities import host_ulimits
+from minipaas.engine.docker_api.network import NETWORK
 from minipaas.errors import EngineError, EngineMissing, EngineUnavailable
 
 MAX_SOCKET_PATH = 107
@@ -58,7 +59,7 @@ def containers_conf(host: Host) -> str:
     """The text of containers.conf, which replaces the system's."""
     quoted = ", ".join(f'"{name}={value}:{value}"' for name, value in host.ulimits)
     lines = ["# Written by minipaas at each start of its Podman service.", "[containers]"]
-    lines += [f"default_ulimits = [{quoted}]", 'log_driver = "k8s-file"', "log_size_max = 33554432"]
+    lines += [f"default_ulimits = [{quoted}]", 'log_driver = "k8s-file"', "log_size_max = 10485760"]
     lines += [f'init_path = "{host.init}"'] if host.init else []
     lines += ["[engine]", f'runtime = "{choose_runtime(host.cgroups, host.runtimes)}"', 'events_logger = "file"']
     lines += [f'cgroup_manager = "{"systemd" if host.has_systemd else "cgroupfs"}"']
@@ -229,6 +230,12 @@ class PodmanService:
                 self._end_process()
                 self.socket.unlink(missing_ok=True)
 
+    def unmount(self) -> None:
+        """Detach what Podman keeps mounted below its storage, so that the disk can be. Nothing while a container is there."""
+        points = mounts_below(self._home)
+        if not any(point.endswith("/merged") for point in points):
+            unmount_below(self._home)
+
     def _end_process(self) -> None:
         for sign, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
             pid = self._pid()
@@ -356,9 +363,14 @@ def _ip(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["ip", *arguments], capture_output=True, timeout=10, check=False)
 
 
-def unmount_below(folder: Path) -> None:
-    """Detach every mount in ``folder``, the deepest first."""
+def mounts_below(folder: Path) -> list[str]:
+    """The deepest first."""
     prefix = f"{folder.resolve()}/"
     points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for point in sorted((each for each in points if each.startswith(prefix)), key=len, reverse=True):
+    return sorted((each for each in points if each.startswith(prefix)), key=len, reverse=True)
+
+
+def unmount_below(folder: Path) -> None:
+    """Detach every mount in ``folder``, the deepest first."""
+    for point in mounts_below(folder):
         subprocess.run(["umount", "--lazy", point], capture_output=True, timeout=10, check=False)

@@ -1,7 +1,7 @@
 """The JSON API: /v1, with a bearer token. What the command line speaks.
 
 Owns the shapes of requests and answers, and how errors look. Never decides anything: ``service.Platform`` does, authorisation
-included. Answers that last (deploys, followed logs, events) have a limit in number, so that they never take all threads.
+included. Answers that last (changes of an app, logs, events) have a limit in number, so that they never take all threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,17 +18,17 @@ from flask import Blueprint, Response, g, request
 
 from minipaas.access import Action, Principal, authorise
 from minipaas.engine import LogLine
-from minipaas.errors import BadRequest, PlatformError, TooManyClients
+from minipaas.errors import BadRequest, PlatformError, TooManyClients, TooMuch
 from minipaas.service import DeployRequest, Platform, Progress
 from minipaas.settings import Limits
 from minipaas.sources import Source
+from minipaas.web.door import MAX_BODY_BYTES
 
 NDJSON = "application/x-ndjson"
-MAX_JSON_BYTES = 4 << 20
+MAX_TAIL = 1_000_000
 EVENTS_EVERY_S = 0.5
 KEEPALIVE_S = 15.0
 LOOK_S = 1.0
-DEPLOYS_AT_ONCE = 4
 
 _T = TypeVar("_T")
 _View = Callable[..., Response]
@@ -37,8 +39,10 @@ class CreateApp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Deploy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """manifest: null to keep what the app has; see ``DeployRequest``."""
+
     source: Source
-    manifest: str
+    manifest: str | None = None
     file: str = "minipaas.toml"
     build_args: dict[str, str] = {}
 
@@ -53,7 +57,7 @@ class Api:
     def __init__(self, platform: Platform, limits: Limits) -> None:
         self._platform = platform
         self._followers = threading.BoundedSemaphore(limits.followers)
-        self._deploys = threading.BoundedSemaphore(DEPLOYS_AT_ONCE)
+        self._changes = threading.BoundedSemaphore(limits.changes)
         self._actions: dict[str, Action] = {}
         self.blueprint = Blueprint("api", __name__, url_prefix="/v1")
         self.blueprint.before_request(self._admit)
@@ -63,7 +67,8 @@ class Api:
         self._route("GET", "/status", Action.READ, self._status)
         self._route("GET", "/events", Action.READ, self._events)
         self._route("GET", "/volumes", Action.READ, self._volumes)
-        self._route("PUT", "/uploads", Action.DEPLOY, self._upload)
+        self._route("POST", "/uploads", Action.DEPLOY, self._begin_upload)
+        self._route("PUT", "/uploads/<upload>", Action.DEPLOY, self._write_upload)
         self._route("GET", "/apps", Action.READ, self._apps)
         self._route("POST", "/apps", Action.CREATE, self._create)
         self._route("GET", "/apps/<app>", Action.READ, self._app)
@@ -99,8 +104,14 @@ class Api:
         stream = snapshots(self._platform, _principal(), _gone())
         return _stream(stream, "text/event-stream", self._followers.release)
 
-    def _upload(self) -> Response:
-        return _json({"id": self._platform.upload(_principal(), request.stream)}, 201)
+    def _begin_upload(self) -> Response:
+        return _json({"id": self._platform.begin_upload(_principal())}, 201)
+
+    def _write_upload(self, upload: str) -> Response:
+        at = _number("at", most=1 << 50)
+        if at is None:
+            raise BadRequest("say where the part begins: ?at=BYTES")
+        return _json({"size": self._platform.write_upload(_principal(), upload, at, _bytes())})
 
     # -- apps
 
@@ -117,7 +128,8 @@ class Api:
         return _json(self._platform.destroy(_principal(), app))
 
     def _restart(self, app: str) -> Response:
-        self._platform.restart(_principal(), app)
+        with self._change():
+            self._platform.restart(_principal(), app)
         return _json(self._platform.app(_principal(), app))
 
     def _releases(self, app: str) -> Response:
@@ -126,17 +138,20 @@ class Api:
     def _deploy(self, app: str) -> Response:
         body = _body(Deploy)
         wish = DeployRequest(body.source, body.manifest, body.file, body.build_args)
-        self._take(self._deploys)
-        stream = _deploy_lines(self._platform, _principal(), app, wish, _gone())
-        return _stream(stream, NDJSON, self._deploys.release)
+        self._take(self._changes)
+        lines = _deploy_lines(self._platform, _principal(), app, wish, _gone(), self._changes.release)
+        return _stream(lines, NDJSON)
 
     def _logs(self, app: str) -> Response:
-        follow, gone = _flag("follow"), _gone()
-        lines = self._platform.logs(_principal(), app, tail=_number("tail"), follow=follow, gone=gone)
-        if not follow:
-            return Response(b"".join(_log_line(*line) for line in lines), mimetype=NDJSON)
+        tail, follow = _number("tail", most=MAX_TAIL), _flag("follow")
         self._take(self._followers)
-        return _stream(_followed(lines, gone), NDJSON, self._followers.release)
+        try:
+            lines = self._platform.logs(_principal(), app, tail=tail, follow=follow, gone=_gone())
+            first = [] if follow else list(islice(lines, 1))
+        except BaseException:
+            self._followers.release()
+            raise
+        return _stream((_log_line(*line) for line in chain(first, lines)), NDJSON, self._followers.release)
 
     # -- secrets
 
@@ -145,14 +160,27 @@ class Api:
         return _json([{"name": name, "updated_ms": at} for name, at in times.items()])
 
     def _set_secrets(self, app: str) -> Response:
-        return _json({"release": self._platform.set_secrets(_principal(), app, _body(dict[str, str]))})
+        values = _body(dict[str, str])
+        with self._change():
+            return _json(self._platform.set_secrets(_principal(), app, values))
 
     def _unset_secrets(self, app: str) -> Response:
-        return _json({"release": self._platform.unset_secrets(_principal(), app, _body(UnsetSecrets).names)})
+        names = _body(UnsetSecrets).names
+        with self._change():
+            return _json(self._platform.unset_secrets(_principal(), app, names))
 
     def _take(self, places: threading.BoundedSemaphore) -> None:
         if not places.acquire(blocking=False):
-            raise TooManyClients("too many clients follow already; end one of them, or try again later")
+            what = "changes are under way" if places is self._changes else "clients follow"
+            raise TooManyClients(f"as many {what} as there may be at once; try again when one of them has ended")
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        self._take(self._changes)
+        try:
+            yield
+        finally:
+            self._changes.release()
 
 
 def error_answer(error: PlatformError) -> Response:
@@ -176,9 +204,14 @@ def snapshots(platform: Platform, principal: Principal, gone: Callable[[], bool]
 
 
 def _deploy_lines(
-    platform: Platform, principal: Principal, app: str, wish: DeployRequest, gone: Callable[[], bool]
+    platform: Platform,
+    principal: Principal,
+    app: str,
+    wish: DeployRequest,
+    gone: Callable[[], bool],
+    on_end: Callable[[], None],
 ) -> Iterator[bytes]:
-    """What happens, to the end; the deploy goes on when nobody listens any more."""
+    """What happens, to the end; the deploy goes on when nobody listens any more, and ``on_end`` is called when it is over."""
     lines: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
     listening = threading.Event()
     listening.set()
@@ -197,46 +230,25 @@ def _deploy_lines(
             tell(Progress("failed", f"internal error: {error!r}; see the log of minipaas serve"))
             raise
         finally:
+            on_end()
             lines.put(None)
 
-    threading.Thread(target=work, name=f"deploy-{app}", daemon=True).start()
+    try:
+        threading.Thread(target=work, name=f"deploy-{app}", daemon=True).start()
+    except RuntimeError:
+        on_end()
+        raise
+    return _told(lines, listening, gone)
+
+
+def _told(
+    lines: queue.SimpleQueue[Progress | None], listening: threading.Event, gone: Callable[[], bool]
+) -> Iterator[bytes]:
     try:
         for progress in _until_none(lines, gone):
             yield _line({"event": progress.kind, "text": progress.text, "release": progress.release})
     finally:
         listening.clear()
-
-
-def _followed(lines: Iterator[tuple[str, LogLine]], gone: Callable[[], bool]) -> Iterator[bytes]:
-    """The engine gives the next line when there is one; a thread waits for it, so that a client that goes is noticed."""
-    waiting: queue.Queue[tuple[str, LogLine] | None] = queue.Queue(maxsize=1000)
-    ended = threading.Event()
-
-    def pump() -> None:
-        try:
-            for line in lines:
-                while not ended.is_set():
-                    try:
-                        waiting.put(line, timeout=LOOK_S)
-                        break
-                    except queue.Full:
-                        continue
-                if ended.is_set():
-                    return
-        finally:
-            ended.set()
-
-    threading.Thread(target=pump, name="logs", daemon=True).start()
-    try:
-        while not gone() and not (ended.is_set() and waiting.empty()):
-            try:
-                line = waiting.get(timeout=LOOK_S)
-            except queue.Empty:
-                continue
-            if line is not None:
-                yield _log_line(*line)
-    finally:
-        ended.set()
 
 
 def _until_none(lines: queue.SimpleQueue[_T | None], gone: Callable[[], bool]) -> Iterator[_T]:
@@ -261,13 +273,19 @@ def _gone() -> Callable[[], bool]:
     return gone
 
 
+def _bytes() -> bytes:
+    """The body. Raises TooMuch."""
+    content = request.stream.read(MAX_BODY_BYTES + 1)
+    if len(content) > MAX_BODY_BYTES:
+        raise TooMuch(f"a request may have {MAX_BODY_BYTES >> 20} MiB; send files in parts to /v1/uploads")
+    return content
+
+
 def _body(kind: type[_T]) -> _T:
-    """The JSON body as a value. Raises BadRequest that names the field."""
-    if (request.content_length or 0) > MAX_JSON_BYTES:
-        raise BadRequest(f"the request is larger than {MAX_JSON_BYTES >> 20} MiB; upload files with PUT /v1/uploads")
+    """The JSON body as a value. Raises BadRequest that names the field, TooMuch."""
     try:
-        return msgspec.json.decode(request.stream.read(MAX_JSON_BYTES), type=kind)
-    except msgspec.MsgspecError as error:
+        return msgspec.json.decode(_bytes(), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body of the request is wrong: {error}") from error
 
 
@@ -275,12 +293,12 @@ def _flag(name: str) -> bool:
     return request.args.get(name, "").lower() in ("1", "true", "yes")
 
 
-def _number(name: str) -> int | None:
+def _number(name: str, *, most: int) -> int | None:
     text = request.args.get(name)
     if text is None:
         return None
-    if not text.isdecimal():
-        raise BadRequest(f"{name}={text!r} is not a number")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
+        raise BadRequest(f"{name}={text[:40]!r} is not a number from 0 to {most}")
     return int(text)
 
 
@@ -296,7 +314,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status=status, mimetype="application/json")
 
 
-def _stream(chunks: Iterator[bytes], mimetype: str, on_close: Callable[[], None]) -> Response:
+def _stream(chunks: Iterator[bytes], mimetype: str, on_close: Callable[[], None] = lambda: None) -> Response:
     response = Response(chunks, mimetype=mimetype, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     response.call_on_close(on_close)
     return response

@@ -1,28 +1,25 @@
-"""The page for people: apps, machines, databases and how safe they are, live. Owns the browser's session.
+"""The page for people: apps, machines, databases and how safe they are, live. Owns the browser's cookie.
 
-A browser signs in with a token once and then carries a signed cookie; every page passes the same authorisation as the API. No page changes
+A browser signs in with a token once and then shows a session's secret; every page passes the same authorisation as the API. No page changes
 anything. Needs no build step: one template, one script, one stylesheet.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from urllib.parse import urlsplit
 
-from flask import Blueprint, Flask, Response, redirect, render_template, request, session, url_for
+from flask import Blueprint, Flask, Response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response as BaseResponse
 
-from minipaas.access import Action, Principal, authorise
+from minipaas.access import Action, Principal, authorise, token_hash
 from minipaas.errors import NotAuthorised, TooManyClients
 from minipaas.service import Platform
-from minipaas.settings import Limits, write_private
+from minipaas.settings import Limits
 from minipaas.web.api import snapshots
+from minipaas.web.sessions import SESSION_DAYS, Sessions
 
-SESSION_DAYS = 30
+COOKIE = "minipaas"
 _SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -31,32 +28,17 @@ _SECURITY_HEADERS = {
 }
 
 
-def session_key(path: Path) -> str:
-    """The key that signs cookies, made once per node."""
-    if not path.exists():
-        write_private(path, secrets.token_hex(32))
-    return path.read_text().strip()
-
-
-def install(app: Flask, platform: Platform, limits: Limits, key: str) -> None:
+def install(app: Flask, platform: Platform, limits: Limits, sessions: Sessions) -> None:
     """Add the pages to the application."""
-    app.config.update(
-        SECRET_KEY=key,
-        SESSION_COOKIE_NAME="minipaas",
-        SESSION_COOKIE_HTTPONLY=True,
-        SESSION_COOKIE_SAMESITE="Strict",
-        PERMANENT_SESSION_LIFETIME=SESSION_DAYS * 86400,
-    )
-    app.register_blueprint(_Pages(platform, limits).blueprint)
+    app.register_blueprint(_Pages(platform, limits, sessions).blueprint)
 
 
 class _Pages:
-    """The session holds a hash of the token that was given, so that a token that is revoked ends it."""
+    """A session knows a hash of the token that was given, so that a token that is revoked ends it."""
 
-    def __init__(self, platform: Platform, limits: Limits) -> None:
-        self._platform = platform
+    def __init__(self, platform: Platform, limits: Limits, sessions: Sessions) -> None:
+        self._platform, self._sessions = platform, sessions
         self._followers = threading.BoundedSemaphore(limits.followers)
-        self._tokens: dict[str, str] = {}
         self.blueprint = Blueprint("pages", __name__)
         self.blueprint.after_request(_secure)
         self.blueprint.add_url_rule("/", "home", self._home, methods=["GET"])
@@ -65,19 +47,20 @@ class _Pages:
         self.blueprint.add_url_rule("/logout", "logout", self._logout, methods=["POST"])
 
     def _home(self) -> BaseResponse | str:
-        principal = self._signed_in()
+        principal = self._signed_in(_shown())
         if principal is None:
             return redirect(url_for("pages.login"))
         return render_template("home.html", snapshot=self._platform.snapshot(principal))
 
     def _events(self) -> BaseResponse:
-        principal = self._signed_in()
+        shown = _shown()
+        principal = self._signed_in(shown)
         if principal is None:
             return Response("sign in first", 401)
         if not self._followers.acquire(blocking=False):
             raise TooManyClients("too many pages are open already; close one of them")
-        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-        stream = snapshots(self._platform, principal, gone)
+        left: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+        stream = snapshots(self._platform, principal, lambda: left() or self._signed_in(shown) is None)
         response = Response(stream, mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})
         response.call_on_close(self._followers.release)
         return response
@@ -93,28 +76,35 @@ class _Pages:
         except NotAuthorised:
             return render_template("login.html", wrong=True), 401
         authorise(principal, Action.READ)
-        session.clear()
-        session.permanent = True
-        session["token"] = hashlib.sha256(token.encode()).hexdigest()
-        return redirect(url_for("pages.home"))
+        self._sessions.end(_shown())
+        answer = redirect(url_for("pages.home"))
+        shown = self._sessions.begin(token_hash(token))
+        answer.set_cookie(COOKIE, shown, max_age=SESSION_DAYS * 86400, httponly=True, samesite="Strict")
+        return answer
 
     def _logout(self) -> BaseResponse:
+        answer = redirect(url_for("pages.login"))
         if _same_origin():
-            session.clear()
-        return redirect(url_for("pages.login"))
+            self._sessions.end(_shown())
+            answer.delete_cookie(COOKIE)
+        return answer
 
-    def _signed_in(self) -> Principal | None:
-        """Who the cookie is of, if its token is still good for reading."""
-        known = str(session.get("token", ""))
+    def _signed_in(self, shown: str) -> Principal | None:
+        """Who the session is of, if there is one and its token is still good for reading."""
+        known = self._sessions.token(shown)
         principal = self._platform.principal_of(known) if known else None
         if principal is not None:
             authorise(principal, Action.READ)
         return principal
 
 
+def _shown() -> str:
+    return request.cookies.get(COOKIE, "")
+
+
 def _same_origin() -> bool:
     origin = request.headers.get("Origin")
-    return origin is None or urlsplit(origin).netloc == request.host
+    return origin is None or origin in (f"http://{request.host}", f"https://{request.host}")
 
 
 def _secure(response: Response) -> Response:

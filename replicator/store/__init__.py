@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -54,11 +54,16 @@ def joined(prefix: str, more: str) -> str:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """key: relative to the store's prefix. etag: opaque, changes with the content, valid for ``if_match``."""
+    """key: relative to the store's prefix. etag: opaque, changes with the content, valid for ``if_match``.
+
+    time_ms: UTC milliseconds since 1970 that it was given with ``put``, else when it was written, by the store's clock; None
+    when not known. A listing of S3 tells the latter only.
+    """
 
     key: str
     size_bytes: int
     etag: str
+    time_ms: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,19 @@ class ObjectStore(Protocol):
         """Where it is, without credentials; for messages."""
         ...
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         """Store ``body`` (bytes, the file at a path, or a stream) atomically: a reader sees all of it or nothing.
 
         if_none_match: only if no object has this key. if_match: only if the object there has this etag.
+        time_ms: the moment that the object is to bear, for other programs: Litestream's metadata in S3, a file's time.
         Raises PreconditionFailed when the condition does not hold.
         """
         ...

@@ -42,12 +42,20 @@ class FileStore:
     def url(self) -> str:
         return f"file://{self._root}/{self._prefix}".rstrip("/")
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         path = self._path(key)
         with _translated("write", path):
             temporary = self._write_temporary(path.parent, _openable(body))
             try:
-                info = _info(key, _stamp(temporary))
+                info = _info(key, _stamp(temporary, time_ms))
                 if if_none_match:
                     self._create(temporary, path)
                 else:
@@ -192,15 +200,16 @@ def _remove_idle_lock(folder: Path) -> None:
             (folder / LOCK_NAME).unlink()
 
 
-def _stamp(path: Path) -> os.stat_result:
+def _stamp(path: Path, time_ms: int | None) -> os.stat_result:
     """Give the file a modification time of its own, to the nanosecond, which together with its inode makes its etag."""
-    moment = time.time_ns()
+    moment = time.time_ns() if time_ms is None else time_ms * 1_000_000
     os.utime(path, ns=(moment, moment))
     return path.stat()
 
 
 def _info(key: str, found: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key, found.st_size, f"{found.st_mtime_ns:x}-{found.st_ino:x}-{found.st_size:x}")
+    etag = f"{found.st_mtime_ns:x}-{found.st_ino:x}-{found.st_size:x}"
+    return ObjectInfo(key, found.st_size, etag, found.st_mtime_ns // 1_000_000)
 
 
 def _etag_at(path: Path) -> str | None:

@@ -117,9 +117,17 @@ class MeasuredStore:
     def url(self) -> str:
         return self._inner.url
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         with self._meter.measuring("put") as call:
-            info = self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match)
+            info = self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match, time_ms=time_ms)
             call.sent_bytes = info.size_bytes
             return info
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class _Fault:
 class _Shared:
     lock: threading.Lock = field(default_factory=threading.Lock)
     objects: dict[str, bytes] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
     faults: list[_Fault] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
 
@@ -73,7 +75,15 @@ class MemoryStore:
         with self._shared.lock:
             self._shared.faults.append(_Fault(operation, error, times, after))
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         full = self._begin("put", key)
         data = _read(body)
         with self._shared.lock:
@@ -83,6 +93,7 @@ class MemoryStore:
             if if_match is not None and (current is None or _etag(current) != if_match):
                 raise PreconditionFailed(f"{self.url}/{key} has changed")
             self._shared.objects[full] = data
+            self._shared.times[full] = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         self._end("put", full)
         return ObjectInfo(key, len(data), _etag(data))
 
@@ -97,7 +108,7 @@ class MemoryStore:
         full = self._begin("head", key)
         data = self._object(full)
         self._end("head", full)
-        return ObjectInfo(key, len(data), _etag(data))
+        return ObjectInfo(key, len(data), _etag(data), self._shared.times[full])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         full = self._begin("list", check_prefix(prefix), is_key=False)
@@ -105,7 +116,7 @@ class MemoryStore:
             found = sorted(item for item in self._shared.objects.items() if item[0].startswith(full))
         self._end("list", full)
         skip = len(self._prefix)
-        yield from (ObjectInfo(key[skip:], len(data), _etag(data)) for key, data in found)
+        yield from (ObjectInfo(key[skip:], len(data), _etag(data), self._shared.times[key]) for key, data in found)
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:

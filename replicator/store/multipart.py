@@ -64,10 +64,16 @@ class _Upload:
         self._key = key
         self._retrying = retrying
 
-    def _send_parts(self, bodies: Iterator[Callable[[], Any]], parallel: int, condition: dict[str, str]) -> str:
+    def _send_parts(
+        self,
+        bodies: Iterator[Callable[[], Any]],
+        parallel: int,
+        condition: dict[str, str],
+        metadata: dict[str, Any],
+    ) -> str:
         """The etag of the whole. bodies: of the parts in order, each made anew for every attempt to send it."""
         self._refuse_early(condition)
-        upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key)["UploadId"]}
+        upload = {"UploadId": self._bucket.call("create_multipart_upload", self._key, **metadata)["UploadId"]}
         try:
             parts = {"Parts": self._send_all(bodies, parallel, upload)}
             return self._bucket.store(
@@ -129,9 +135,9 @@ class FileUpload(_Upload):
         self._part_bytes = max(multipart.part_bytes, -(-size_bytes // MAX_PARTS))
         self._parallel = multipart.parallel
 
-    def run(self, condition: dict[str, str]) -> tuple[str, int]:
-        """The etag and the size of the whole."""
-        return self._send_parts(self._slices(), self._parallel, condition), self._size_bytes
+    def run(self, condition: dict[str, str], metadata: dict[str, Any]) -> tuple[str, int]:
+        """The etag and the size of the whole. metadata: of the object, as boto3 takes it."""
+        return self._send_parts(self._slices(), self._parallel, condition, metadata), self._size_bytes
 
     def _slices(self) -> Iterator[Callable[[], Any]]:
         for offset in range(0, self._size_bytes, self._part_bytes):
@@ -150,14 +156,14 @@ class StreamUpload(_Upload):
         self._chunks = stream.chunks()
         self._size_bytes = 0
 
-    def run(self, condition: dict[str, str]) -> tuple[str, int]:
+    def run(self, condition: dict[str, str], metadata: dict[str, Any]) -> tuple[str, int]:
         """The etag and the size of the whole. Raises what the stream raises, and nothing is stored."""
         parts = self._parts()
         first = next(parts, b"")
         if len(first) < self._part_bytes:
-            return self._bucket.store("put_object", self._key, Body=first, **condition), self._size_bytes
+            return self._bucket.store("put_object", self._key, Body=first, **condition, **metadata), self._size_bytes
         bodies = (partial(_itself, part) for part in chain([first], parts))
-        return self._send_parts(bodies, self._parallel, condition), self._size_bytes
+        return self._send_parts(bodies, self._parallel, condition, metadata), self._size_bytes
 
     def _parts(self) -> Iterator[bytes]:
         """All of the same size but the last, which some servers insist on."""

@@ -82,10 +82,18 @@ class RetryStore:
     def url(self) -> str:
         return self._inner.url
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         def attempt(number: int) -> ObjectInfo:
             try:
-                return self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match)
+                return self._inner.put(key, body, if_none_match=if_none_match, if_match=if_match, time_ms=time_ms)
             except PreconditionFailed:
                 written = self._find_written(key, body) if number > 1 else None
                 if written is None:

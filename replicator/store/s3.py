@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +37,7 @@ from replicator.errors import (
 from replicator.store import Body, ObjectInfo, Stream, check_key, check_prefix, is_key, joined
 from replicator.store.multipart import FileUpload, Multipart, StreamUpload, etag_of, quoted
 from replicator.store.retry import Retrying
+from replicator.values import format_time, parse_time
 
 KEYS_PER_DELETE = 1000
 DEFAULT_REGION = "us-east-1"
@@ -44,6 +46,7 @@ USER_AGENT = f"minipaas-replicator boto3/{boto3.__version__}"
 _EXPECT_ABOVE_BYTES = 1 << 20
 _HASH_BYTES = 1 << 20
 _MAX_DETAIL_CHARS = 200
+_TIME_METADATA = "litestream-timestamp"
 
 _UNAVAILABLE_CODES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
@@ -109,11 +112,19 @@ class S3Store:
     def url(self) -> str:
         return self._bucket.url(self._prefix.rstrip("/"))
 
-    def put(self, key: str, body: Body, *, if_none_match: bool = False, if_match: str | None = None) -> ObjectInfo:
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        if_none_match: bool = False,
+        if_match: str | None = None,
+        time_ms: int | None = None,
+    ) -> ObjectInfo:
         full = self._full(key)
         condition = _condition(if_none_match, if_match)
         try:
-            etag, size_bytes = self._send(full, body, condition)
+            etag, size_bytes = self._send(full, body, condition, _metadata(time_ms))
         except ObjectMissing as error:
             if if_match is not None:
                 # AWS answers a conditional overwrite of nothing with 404.
@@ -139,13 +150,13 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo:
         answer = self._bucket.head(self._full(key))
-        return ObjectInfo(key, int(answer["ContentLength"]), etag_of(answer))
+        return ObjectInfo(key, int(answer["ContentLength"]), etag_of(answer), _time_of(answer))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects with keys that break the rule for keys (other programs', markers of folders) are left out."""
         skip = len(self._prefix)
         items = self._bucket.contents(self._prefix + check_prefix(prefix))
-        found = (ObjectInfo(item["Key"][skip:], int(item["Size"]), etag_of(item)) for item in items)
+        found = (ObjectInfo(item["Key"][skip:], int(item["Size"]), etag_of(item), _time_of(item)) for item in items)
         return _in_key_order((info for info in found if is_key(info.key)), prefix.rfind("/") + 1)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -161,18 +172,21 @@ class S3Store:
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _send(self, full: str, body: Body, condition: dict[str, str]) -> tuple[str, int]:
+    def _send(self, full: str, body: Body, condition: dict[str, str], metadata: dict[str, Any]) -> tuple[str, int]:
         """Etag and size."""
         if isinstance(body, bytes):
-            return self._bucket.store("put_object", full, Body=body, **condition), len(body)
+            return self._bucket.store("put_object", full, Body=body, **condition, **metadata), len(body)
         if isinstance(body, Stream):
-            return StreamUpload(self._bucket, full, body, self._multipart, self._part_retrying).run(condition)
+            upload = StreamUpload(self._bucket, full, body, self._multipart, self._part_retrying)
+            return upload.run(condition, metadata)
         with _open(body) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes > self._multipart.threshold_bytes:
-                upload = FileUpload(self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying)
-                return upload.run(condition)
-            return self._bucket.store("put_object", full, Body=file, **condition), size_bytes
+                file_upload = FileUpload(
+                    self._bucket, full, file.fileno(), size_bytes, self._multipart, self._part_retrying
+                )
+                return file_upload.run(condition, metadata)
+            return self._bucket.store("put_object", full, Body=file, **condition, **metadata), size_bytes
 
 
 class _Bucket:
@@ -375,6 +389,21 @@ def _condition(if_none_match: bool, if_match: str | None) -> dict[str, str]:
     return {} if if_match is None else {"IfMatch": quoted(if_match)}
 
 
+def _metadata(time_ms: int | None) -> dict[str, Any]:
+    """Litestream restores to a moment by this, and not by when the object was written."""
+    return {} if time_ms is None else {"Metadata": {_TIME_METADATA: format_time(time_ms)}}
+
+
+def _time_of(answer: dict[str, Any]) -> int | None:
+    """Of a HEAD, or of an entry of a listing."""
+    given = answer.get("Metadata", {}).get(_TIME_METADATA)
+    if given is not None:
+        with suppress(UsageError):
+            return parse_time(given, 0)
+    written: datetime | None = answer.get("LastModified")
+    return None if written is None else round(written.timestamp() * 1000)
+
+
 def _range(offset: int, length: int | None) -> str | None:
     if offset < 0:
         return f"bytes={offset}"
@@ -405,7 +434,9 @@ def _translated(error: Exception, what: str) -> StoreError:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _of_code(str(answer.get("Code", "")), status, str(answer.get("Message", "")), what)
     if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
-        return StoreDenied(f"{what}: no access keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return StoreDenied(
+            f"{what}: no access keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill ~/.aws/credentials"
+        )
     detail = _one_line(_innermost(error))
     if "CERTIFICATE_VERIFY_FAILED" in detail:
         return StoreDenied(f"{what}: its certificate is not trusted; name its authority in AWS_CA_BUNDLE ({detail})")

@@ -97,8 +97,9 @@ def _open_bare(parts: SplitResult, credentials: Credentials, retrying: Retrying)
     if parts.scheme == "memory":
         _options(parts, {})
         return named(_required(unquote(parts.netloc), parts, "memory://NAME")).sub(unquote(parts.path))
-    known = ", ".join(("s3://", "file://", "memory://"))
-    raise UsageError(f"{parts.geturl()!r} is not the URL of a store; it begins with one of {known}")
+    raise UsageError(
+        f"{parts.geturl()!r} is not the URL of a store; write s3://BUCKET/PREFIX?endpoint=https://HOST or file:///FOLDER"
+    )
 
 
 def _open_file(parts: SplitResult) -> FileStore:

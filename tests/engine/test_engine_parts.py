@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minipaas.engine import LogLine
-from minipaas.engine.docker_api import Abilities
+from minipaas.engine.docker_api.abilities import Abilities
 from minipaas.engine.frames import log_lines, parse_moment
 from minipaas.engine.podman_service import Host, PodmanService, choose_runtime, containers_conf
 from minipaas.engine.subnet import candidates, parse_routes

@@ -15,9 +15,12 @@ import pytest
 
 from minipaas import bundle
 from minipaas.engine import Container, ContainerSpec, Mount
-from minipaas.engine.docker_api import Abilities, Connection, DockerContainers, DockerEngine
+from minipaas.engine.docker_api import DockerEngine
+from minipaas.engine.docker_api.abilities import Abilities
+from minipaas.engine.docker_api.connection import Connection
+from minipaas.engine.docker_api.containers import DockerContainers
 from minipaas.engine.podman_service import PodmanService
-from minipaas.errors import BuildFailed, EngineError, TimedOut
+from minipaas.errors import BuildFailed, EngineError, EngineUnavailable, ImageRefused, TimedOut
 from replicator.store.memory import MemoryStore
 
 pytestmark = pytest.mark.real
@@ -45,6 +48,15 @@ def texts(engine: DockerEngine, **how: object) -> list[tuple[str, str]]:
 def build(engine: DockerEngine, context: Path, lines: list[str], **how: object) -> str:
     given = {"tag": "localhost/test/built:1", "containerfile": "Containerfile", "args": {}, "target": None, **how}
     return engine.images.build(context, on_line=lines.append, **given)  # type: ignore[arg-type]
+
+
+def test_a_follower_of_a_silent_container_is_let_go(podman: DockerEngine, busybox: str) -> None:
+    podman.containers.run(shell(busybox, "echo hello; sleep 600"))
+    gone = threading.Event()
+    lines = podman.containers.logs("real-1", follow=True, gone=gone.is_set)
+    assert next(lines).text == "hello"
+    gone.set()
+    assert list(lines) == []
 
 
 def test_a_container_gets_its_environment_mounts_and_command(
@@ -119,6 +131,15 @@ def test_following_a_log_ends_with_the_container(podman: DockerEngine, busybox: 
     assert texts(podman, tail=1) == [("stdout", "c")]
     now_ms = time.time() * 1000
     assert all(abs(line.at_ms - now_ms) < 60_000 for line in podman.containers.logs("real-1"))
+
+
+def test_the_last_lines_are_whole_however_they_were_printed(podman: DockerEngine, busybox: str) -> None:
+    script = "for i in 1 2 3; do printf a; sleep 0.1; printf $i; sleep 0.1; echo; done; sleep 0.3; echo end"
+    podman.containers.run(shell(busybox, script))
+    wait_for(lambda: ("stdout", "a3") in texts(podman))
+    assert texts(podman, tail=2, follow=True) == [("stdout", "a2"), ("stdout", "a3"), ("stdout", "end")]
+    assert texts(podman, tail=2) == [("stdout", "a3"), ("stdout", "end")]
+    assert texts(podman, tail=0) == []
 
 
 def test_a_line_longer_than_the_engine_s_buffer_stays_one_line(podman: DockerEngine, busybox: str) -> None:
@@ -268,6 +289,30 @@ def test_an_image_goes_through_the_bucket_and_runs_again(podman: DockerEngine, b
     podman.containers.run(ContainerSpec("real-1", "localhost/test/bundle:2"))
     assert texts(podman, follow=True) == [("stdout", "through the bucket")]
     assert bundle.push(podman.images, "localhost/test/bundle:2", store, scratch=tmp_path / "scratch") == digest
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "words"),
+    [
+        ("::bad::", ImageRefused, "image '::bad::': this is no image reference; write REGISTRY/NAME:TAG"),
+        ("UPPER/x", ImageRefused, "image 'UPPER/x': "),
+        ("a b", ImageRefused, "image 'a b': this is no image reference"),
+        ("a@sha256:1", ImageRefused, "this is no image reference"),
+        (
+            "no-such-short-name",
+            ImageRefused,
+            "it names no registry; write it in full, such as docker.io/library/NAME:TAG",
+        ),
+        ("127.0.0.1:1/x", EngineUnavailable, "image '127.0.0.1:1/x': its registry cannot be reached from the node"),
+    ],
+)
+def test_an_image_that_cannot_be_had_is_explained_on_one_line(
+    podman: DockerEngine, reference: str, kind: type[EngineError], words: str
+) -> None:
+    with pytest.raises(kind) as error:
+        podman.images.pull(reference, tag="localhost/test/pulled:1", on_line=lambda line: None)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_two_services_on_one_host_share_nothing(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaas.errors import ManifestError
-from minipaas.manifest import MAX_BYTES, Build, Check, HttpService, Manifest, Mount, find, load, parse
+from minipaas.manifest import EXAMPLE, MAX_BYTES, Build, Check, HttpService, Manifest, Mount, find, load, parse
 from minipaas.toml_lines import key_lines
 
 FULL = """
@@ -66,7 +66,7 @@ def warned(text: str) -> tuple[str, ...]:
 
 def test_every_served_key_arrives():
     manifest, warnings = parse(FULL, "minipaas.toml")
-    assert warnings == ()
+    assert [warning.partition(": ")[2].split()[0] for warning in warnings] == ["http_service.checks[0].interval"]
     assert manifest == Manifest(
         app="guestbook",
         primary_region="ams",
@@ -178,6 +178,86 @@ def test_keys_of_fly_that_are_not_served_are_named_with_their_line():
     )
 
 
+@pytest.mark.parametrize(
+    "destination",
+    [
+        "/proc",
+        "/proc/x",
+        "/sys/fs",
+        "/dev/shm",
+        "/etc",
+        "/etc/",
+        "/usr",
+        "/bin",
+        "//sbin",
+        "/lib",
+        "/lib64",
+        "/run",
+        "/usr/lib",
+    ],
+)
+def test_a_volume_never_hides_what_a_container_runs_from(destination):
+    text = f'[[mounts]]\nsource = "data"\ndestination = "{destination}"'
+    assert refused(text) == (
+        f"minipaas.toml:3: mounts[0].destination: a volume at {destination} hides what the container runs from; "
+        "choose a folder of its own, such as /data"
+    )
+
+
+@pytest.mark.parametrize(
+    "destination", ["data", "./data", "/", "//", "/./data", "/a/..", "/a\\nb", "/a\\u001b[2J", "/a:/b", "/a\\u202e"]
+)
+def test_a_volume_has_an_absolute_path_that_can_be_printed(destination):
+    words = refused(f'[[mounts]]\nsource = "data"\ndestination = "{destination}"')
+    assert words.startswith("minipaas.toml:3: mounts[0].destination: expected an absolute path")
+    assert words.isprintable()
+
+
+@pytest.mark.parametrize(
+    "destination", ["/data", "/etc/app", "/usr/local/app/data", "/var/lib/app", "/run/app", "/my data"]
+)
+def test_a_volume_may_be_in_any_folder_of_its_own(destination):
+    text = f'[[mounts]]\nsource = "data"\ndestination = "{destination}"'
+    assert parse(text, "minipaas.toml")[0].mounts[0].destination == destination
+
+
+@pytest.mark.parametrize("source", ["a/b", "../a", "a b", "A", "a\\n", "a" * 31])
+def test_a_volume_has_a_plain_name(source):
+    assert "source: expected a volume's name" in refused(f'[[mounts]]\nsource = "{source}"\ndestination = "/data"')
+
+
+def test_what_is_accepted_and_done_otherwise_is_named():
+    text = """[http_service]
+min_machines_running = 2
+processes = ["web"]
+[[http_service.checks]]
+interval = "30s"
+[[mounts]]
+source = "data"
+destination = "/data"
+processes = ["web"]
+"""
+    found = [warning.partition(" is accepted, but ")[::2] for warning in warned(text)]
+    assert found == [
+        ("fly.toml:2: http_service.min_machines_running", "one machine runs, and always"),
+        (
+            "fly.toml:3: http_service.processes",
+            "there is one group, app: what this table asks for is done for it",
+        ),
+        ("fly.toml:5: http_service.checks[0].interval", "a check is not repeated once the machine is healthy"),
+        ("fly.toml:9: mounts[0].processes", "there is one group, app: what this table asks for is done for it"),
+    ]
+    assert warned('[http_service]\nmin_machines_running = 1\nprocesses = ["app"]') == ()
+
+
+def test_an_unknown_key_is_answered_with_the_keys_that_are_served():
+    words = refused("zzz = 1")
+    assert words == (
+        "minipaas.toml:1: zzz: there is no such key; what is served here: app, build, checks, deploy, env, http_service, "
+        "kill_signal, kill_timeout, mounts, primary_region"
+    )
+
+
 def test_https_and_sizes_are_not_promised():
     assert "plain HTTP" in warned("[http_service]\nforce_https = true")[0]
     assert "not enforced" in warned('[[mounts]]\nsource="a"\ndestination="/a"\ninitial_size="10gb"')[0]
@@ -201,11 +281,12 @@ def test_minipaas_toml_goes_before_fly_toml(tmp_path):
     assert find(tmp_path).name == "minipaas.toml"
 
 
-def test_a_directory_without_manifest_gets_an_example_that_works(tmp_path):
+def test_a_directory_without_manifest_is_told_on_one_line_where_an_example_is(tmp_path):
     with pytest.raises(ManifestError, match="neither minipaas.toml nor fly.toml") as error:
         find(tmp_path)
-    example = str(error.value).partition(":\n")[2]
-    assert parse(example, "f")[0].mounts[0].destination == "/data"
+    assert "\n" not in str(error.value)
+    assert "minipaas deploy --help" in str(error.value)
+    assert parse(EXAMPLE, "f")[0].mounts[0].destination == "/data"
 
 
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path):

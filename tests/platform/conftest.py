@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,22 @@ def live(tmp_path: Path) -> Iterator[Live]:
     """A whole platform with its threads."""
     with Live(Stage(tmp_path)) as live:
         yield live
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[[Path], None]]:
+    """Mounts an empty file system at a directory, until the end of the test."""
+    mounted: list[Path] = []
+
+    def mount(directory: Path) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(directory)], check=True)
+        mounted.append(directory)
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=False, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def unmount() -> Callable[[Path], None]:
+    return lambda directory: subprocess.run(["umount", str(directory)], check=True) and None

@@ -13,7 +13,7 @@ from pathlib import Path
 from minipaas import bundle
 from minipaas.access import Principal
 from minipaas.edge.fake import FakeEdge
-from minipaas.engine import Container, ContainerSpec, LogLine
+from minipaas.engine import Container, ContainerSpec, LogLine, nobody_leaves
 from minipaas.engine.fake import FakeEngine, make_image
 from minipaas.errors import EngineError, TimedOut
 from minipaas.facts import Facts
@@ -22,7 +22,7 @@ from minipaas.manifest import parse
 from minipaas.model import Fleet, Machine, Node, Release, ReleaseStatus, Volume
 from minipaas.ops import Operation, World
 from minipaas.progress import Hub
-from minipaas.protection import DatabaseState, ObjectStore
+from minipaas.protection import DatabaseState
 from minipaas.reconcile import Reconciler, StopClock, in_thread
 from minipaas.router import Router
 from minipaas.sealing import Identity, Sealer
@@ -32,6 +32,7 @@ from minipaas.sources import Builder
 from minipaas.state import NewRelease, State
 from minipaas.uploads import Uploads
 from minipaas.workload import volume_ids
+from replicator import ObjectStore
 from replicator.errors import StoreUnavailable
 from replicator.store.memory import MemoryStore
 
@@ -150,8 +151,10 @@ class SoleWriterContainers:
     def remove(self, name: str) -> None:
         self._engine.containers.remove(name)
 
-    def logs(self, name: str, *, tail: int | None = None, follow: bool = False) -> Iterator[LogLine]:
-        return self._engine.containers.logs(name, tail=tail, follow=follow)
+    def logs(
+        self, name: str, *, tail: int | None = None, follow: bool = False, gone: Callable[[], bool] = nobody_leaves
+    ) -> Iterator[LogLine]:
+        return self._engine.containers.logs(name, tail=tail, follow=follow, gone=gone)
 
     def exec(self, name: str, command: Sequence[str], *, timeout_s: float) -> tuple[int, str]:
         return self._engine.containers.exec(name, command, timeout_s=timeout_s)
@@ -349,6 +352,7 @@ class Live:
         self.uploads = Uploads(stage.directory / "uploads", max_bytes=QUICK.upload_bytes, keep_s=60.0)
         self.uploads.clean()
         self.bucket_away = False
+        self.before_push: Callable[[], object] = lambda: None
         images = stage.engine.images
         self.platform = Platform(
             Parts(
@@ -365,6 +369,7 @@ class Live:
         )
 
     def _push_image(self, tag: str) -> str:
+        self.before_push()
         if self.bucket_away:
             raise StoreUnavailable("the bucket does not answer")
         scratch = self.stage.directory / "scratch"
@@ -379,7 +384,9 @@ class Live:
         self.stage.state.close()
 
     def upload(self, files: Mapping[str, bytes]) -> str:
-        return self.platform.upload(OWNER, BytesIO(tar_of(files)))
+        upload = self.platform.begin_upload(OWNER)
+        self.platform.write_upload(OWNER, upload, 0, tar_of(files))
+        return upload
 
 
 def tar_of(files: Mapping[str, bytes]) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections.abc import Iterator
-from io import BytesIO
 
 import pytest
 from flask.testing import FlaskClient
@@ -12,6 +13,7 @@ from platform_support import GUESTBOOK, QUICK, Live, tar_of, until
 
 from minipaas.access import new_token, token_hash
 from minipaas.model import Token
+from minipaas.settings import Limits
 from minipaas.web import create_app
 
 FILES = {"Containerfile": b"FROM scratch\n"}
@@ -32,8 +34,14 @@ class Api:
         )
         return {"Authorization": f"Bearer {token}"}
 
+    def upload(self, content: bytes) -> str:
+        upload = str(self.client.post("/v1/uploads", headers=self.owner).json["id"])  # type: ignore[index]
+        answer = self.client.put(f"/v1/uploads/{upload}?at=0", data=content, headers=self.owner)
+        assert answer.json == {"size": len(content)}
+        return upload
+
     def deploy(self) -> list[dict[str, object]]:
-        upload = self.client.put("/v1/uploads", data=tar_of(FILES), headers=self.owner).json["id"]  # type: ignore[index]
+        upload = self.upload(tar_of(FILES))
         body = {"source": {"kind": "source", "upload": upload}, "manifest": GUESTBOOK, "file": "minipaas.toml"}
         answer = self.client.post("/v1/apps/guestbook/deploys", json=body, headers=self.owner)
         assert answer.mimetype == "application/x-ndjson"
@@ -71,7 +79,7 @@ def test_a_deploy_streams_its_steps_and_its_end(api: Api) -> None:
 
 
 def test_a_deploy_goes_on_when_the_client_goes_away(api: Api) -> None:
-    upload = api.client.put("/v1/uploads", data=tar_of(FILES), headers=api.owner).json["id"]
+    upload = api.upload(tar_of(FILES))
     body = {"source": {"kind": "source", "upload": upload}, "manifest": GUESTBOOK}
     answer = api.client.post("/v1/apps/guestbook/deploys", json=body, headers=api.owner, buffered=False)
     next(answer.response)
@@ -92,6 +100,13 @@ def test_a_deploy_that_fails_ends_with_the_reason(api: Api) -> None:
         ("PATCH", "/v1/apps", 405, "BadRequest"),
         ("POST", "/v1/apps", 400, "BadRequest"),
         ("GET", "/v1/apps/nobody/logs?tail=x", 400, "BadRequest"),
+        ("GET", f"/v1/apps/nobody/logs?tail={'9' * 5000}", 400, "BadRequest"),
+        ("GET", "/v1/apps/nobody/logs?tail=99999999999", 400, "BadRequest"),
+        ("PUT", "/v1/apps/nobody/secrets", 400, "BadRequest"),
+        ("DELETE", "/v1/apps/nobody/secrets", 400, "BadRequest"),
+        ("PUT", "/v1/uploads/up_1?at=0", 400, "BadRequest"),
+        ("PUT", f"/v1/uploads/up_{'0' * 24}?at=0", 404, "NotFound"),
+        ("PUT", f"/v1/uploads/up_{'0' * 24}", 400, "BadRequest"),
         ("POST", "/v1/apps/nobody/restart", 404, "NotFound"),
     ],
 )
@@ -108,9 +123,18 @@ def test_an_unknown_field_is_refused_by_name(api: Api) -> None:
 
 
 def test_an_upload_beyond_the_limit_is_refused_and_not_kept(api: Api) -> None:
-    answer = api.client.put("/v1/uploads", data=BytesIO(bytes(2 << 20)), headers=api.owner)
+    upload = api.upload(bytes(QUICK.upload_bytes))
+    answer = api.client.put(f"/v1/uploads/{upload}?at={QUICK.upload_bytes}", data=b"x", headers=api.owner)
     assert (answer.status_code, answer.json["error"]["code"]) == (413, "TooMuch")
     assert list(api.live.uploads._directory.iterdir()) == []
+
+
+def test_a_part_of_an_upload_may_come_again_but_none_may_be_left_out(api: Api) -> None:
+    upload = api.upload(b"first")
+    for at, status in ((5, 200), (5, 200), (11, 409)):
+        answer = api.client.put(f"/v1/uploads/{upload}?at={at}", data=b"again", headers=api.owner)
+        assert answer.status_code == status
+    assert api.live.uploads.path(upload).read_bytes() == b"firstagain"
 
 
 def test_apps_volumes_releases_and_status_are_lists_and_values(api: Api) -> None:
@@ -126,7 +150,9 @@ def test_apps_volumes_releases_and_status_are_lists_and_values(api: Api) -> None
 def test_secrets_come_back_as_names_only(api: Api) -> None:
     api.client.post("/v1/apps", json={"name": "guestbook"}, headers=api.owner)
     put = api.client.put("/v1/apps/guestbook/secrets", json={"KEY": "s3cret"}, headers=api.owner)
-    assert put.json == {"release": None}
+    assert put.json == {"changed": ["KEY"], "release": None}
+    again = api.client.put("/v1/apps/guestbook/secrets", json={"KEY": "s3cret"}, headers=api.owner)
+    assert again.json == {"changed": [], "release": None}
     answer = api.client.get("/v1/apps/guestbook/secrets", headers=api.owner)
     assert [secret["name"] for secret in answer.json] == ["KEY"]
     assert b"s3cret" not in answer.data
@@ -147,6 +173,53 @@ def test_events_begin_with_a_snapshot(api: Api) -> None:
     answer.close()
     assert first.startswith(b"event: snapshot\ndata: {")
     assert json.loads(first.split(b"data: ")[1])["node"]["name"] == "a"
+
+
+def test_changes_that_wait_are_bounded_and_status_answers(api: Api) -> None:
+    api.deploy()
+    answers: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+
+    def restart() -> None:
+        answer = api.flask.test_client().post("/v1/apps/guestbook/restart", headers=api.owner)
+        answers.put((answer.status_code, answer.json.get("error", {}).get("message", "")))  # type: ignore[union-attr]
+
+    with api.live.platform._turns.take("guestbook", "a deploy by alice", print, 1.0):
+        threads = [threading.Thread(target=restart) for _ in range(QUICK.changes + 4)]
+        for thread in threads:
+            thread.start()
+        refused = [answers.get(timeout=5) for _ in range(len(threads) - QUICK.waiting_changes)]
+        assert {status for status, _ in refused} == {429}
+        assert any("busy with a deploy by alice" in words for _, words in refused)
+        assert api.client.get("/v1/status", headers=api.owner).status_code == 200
+    assert [answers.get(timeout=10)[0] for _ in range(QUICK.waiting_changes)] == [200] * QUICK.waiting_changes
+    for thread in threads:
+        thread.join(5)
+
+
+def test_a_deploy_counts_until_it_is_over_though_its_client_has_gone(api: Api) -> None:
+    go_on = threading.Event()
+    api.live.before_push = lambda: go_on.wait(10)
+    for number in range(QUICK.changes):
+        begin_and_leave(api, f"app-{number}")
+    refused = api.client.post("/v1/apps/app-0/restart", headers=api.owner)
+    assert (refused.status_code, refused.json["error"]["code"]) == (429, "TooManyClients")
+    go_on.set()
+    until(lambda: api.client.post("/v1/apps/nobody/restart", headers=api.owner).status_code == 404)
+    until(lambda: [app["state"] for app in api.client.get("/v1/apps", headers=api.owner).json].count("deployed") == 8)
+
+
+def begin_and_leave(api: Api, app: str) -> None:
+    upload = api.upload(tar_of(FILES))
+    manifest = GUESTBOOK.replace("guestbook", app)
+    body = {"source": {"kind": "source", "upload": upload}, "manifest": manifest}
+    answer = api.client.post(f"/v1/apps/{app}/deploys", json=body, headers=api.owner, buffered=False)
+    assert answer.status_code == 200
+    answer.close()
+
+
+def test_answers_that_last_leave_threads_for_those_that_do_not() -> None:
+    limits = Limits()
+    assert 2 * limits.followers + limits.changes + 8 <= limits.api_threads
 
 
 def test_no_more_clients_follow_than_there_may_be(api: Api) -> None:

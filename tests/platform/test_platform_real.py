@@ -88,7 +88,8 @@ class RealNode:
         self.server = Server(self.settings, self.wiring)
 
     def deploy(self, command: str) -> None:
-        upload = self.server.platform.upload(OWNER, BytesIO(image_archive(command)))
+        upload = self.server.platform.begin_upload(OWNER)
+        self.server.platform.write_upload(OWNER, upload, 0, image_archive(command))
         self.server.platform.deploy(OWNER, "hello", DeployRequest(Source(kind="archive", upload=upload), MANIFEST))
 
     def get(self) -> tuple[int, str]:

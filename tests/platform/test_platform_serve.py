@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -11,9 +13,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import requests
+from click.testing import CliRunner
 from platform_support import GUESTBOOK, OWNER, QUICK, SITE, FakeBackups, FakeProber, WatchedEngine, until
 
 from minipaas.access import read_local_token
+from minipaas.cli import root
+from minipaas.cli.node import _recovery_key
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine.fake import make_image
 from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
@@ -119,6 +124,17 @@ def test_setup_refuses_a_bucket_that_holds_a_fleet_and_leaves_nothing(tmp_path: 
     assert not (tmp_path / "second" / "data").exists()
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_the_recovery_key_does_not_stay_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
+) -> None:
+    monkeypatch.setenv("MINIPAAS_RECOVERY_KEY", "AGE-SECRET-KEY-1")
+    path = tmp_path / "key"
+    path.write_text("# kept in a safe\nAGE-SECRET-KEY-1\n")
+    assert _recovery_key(path if in_a_file else None) == "AGE-SECRET-KEY-1"
+    assert "MINIPAAS_RECOVERY_KEY" not in os.environ
+
+
 def test_settings_with_an_unknown_key_name_it(settings: Settings) -> None:
     path = settings.data_dir / "node.toml"
     path.write_text(path.read_text() + 'colour = "red"\n')
@@ -136,6 +152,29 @@ def test_credentials_come_from_the_environment_before_the_file(settings: Setting
 # -- serve
 
 
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """More than select() can tell apart, as a node with many databases has."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    null = os.open(os.devnull, os.O_RDONLY)
+    held = [null, *(os.dup(null) for _ in range(1100))]
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_api_answers_when_more_than_a_thousand_files_are_open(
+    settings: Settings, host: Host, many_open_files: None
+) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    assert requests.get(f"http://{settings.api_listen}/v1/status", timeout=5).status_code == 401
+    server.stop()
+
+
 def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> None:
     settings = replace_port(settings)
     server = Server(settings, host.wiring)
@@ -144,6 +183,40 @@ def test_the_api_answers_over_the_network(settings: Settings, host: Host) -> Non
     url = f"http://{settings.api_listen}/v1/status"
     assert requests.get(url, headers=headers, timeout=5).json()["name"] == "a"
     assert requests.get(url, timeout=5).status_code == 401
+    server.stop()
+
+
+def test_a_command_that_sets_a_secret_names_the_release_that_runs_with_it(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_site(server, host)
+    arguments = ["secrets", "set", "--data", str(settings.data_dir), "-a", "site", "KEY=hush"]
+    said = CliRunner().invoke(root, arguments, catch_exceptions=False).output
+    server.stop()
+    assert said.splitlines()[-1] == "1 set; v2 runs with them"
+
+
+def test_followers_of_a_quiet_app_that_leave_make_room_for_others(settings: Settings, host: Host) -> None:
+    settings = replace_port(settings)
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_site(server, host)
+    headers = {"Authorization": f"Bearer {read_local_token(settings.data_dir)}"}
+
+    def follow(path: str) -> requests.Response:
+        return requests.get(f"http://{settings.api_listen}{path}", headers=headers, stream=True, timeout=5)
+
+    for path in ("/v1/apps/site/logs?follow=1", "/v1/events"):
+        container = host.engine.running()[0].name
+        host.engine.fake.containers.say(container, "the only line")
+        followers = [follow(path) for _ in range(QUICK.followers)]
+        assert [each.status_code for each in followers] == [200] * QUICK.followers
+        assert follow(path).status_code == 429
+        assert requests.get(f"http://{settings.api_listen}/v1/status", headers=headers, timeout=2).ok
+        for each in followers:
+            each.close()
+        until(lambda path=path: follow(path).status_code == 200)
     server.stop()
 
 
@@ -185,6 +258,22 @@ def test_the_next_serve_adopts_what_runs(settings: Settings, host: Host) -> None
     until(lambda: second.platform.app(OWNER, "site").machines[0].state == "started")
     assert (host.engine.running()[0].id, host.edge.applied) == before
     second.stop()
+
+
+def test_what_a_killed_process_left_half_done_goes_at_the_next_start(settings: Settings, host: Host) -> None:
+    left = [settings.data_dir / "scratch" / "push-x.tar", settings.uploads_dir / "tree_1" / "Containerfile"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"left behind")
+    server = Server(settings, host.wiring)
+    server.start()
+    assert list((settings.data_dir / "scratch").iterdir()) + list(settings.uploads_dir.iterdir()) == []
+    kept = settings.data_dir / "scratch" / "in-use"
+    kept.touch()
+    with pytest.raises(AlreadyRunning):
+        Server(settings, host.wiring).start()
+    assert kept.exists()
+    server.stop()
 
 
 def test_an_address_that_is_taken_is_named_and_nothing_stays_locked(settings: Settings, host: Host) -> None:

@@ -10,7 +10,7 @@ from platform_support import GUESTBOOK, OWNER, SITE, Live, until
 from minipaas.access import Action, Principal, authorise
 from minipaas.engine.fake import make_image
 from minipaas.errors import BadRequest, BuildFailed, DeployFailed, Forbidden, NotFound, Unavailable
-from minipaas.service import DeployRequest, Progress
+from minipaas.service import DeployRequest, Progress, SecretsChange
 from minipaas.sources import Source
 from minipaas.workload import container_name
 
@@ -65,9 +65,17 @@ def test_a_release_that_crashes_is_a_failed_deploy_and_the_old_one_goes_on(live:
     crash_next_release(live)
     with pytest.raises(DeployFailed, match="exited with 1") as failure:
         live.platform.deploy(OWNER, "guestbook", request_of(live))
-    assert "v1 goes on serving" in str(failure.value)
-    until(lambda: live.platform.app(OWNER, "guestbook").machines[0].state == "started")
+    assert str(failure.value).endswith("; v1 goes on serving")
+    assert live.platform.app(OWNER, "guestbook").machines[0].state == "started"
     assert live.platform.app(OWNER, "guestbook").release == 1
+
+
+def test_what_does_not_serve_again_is_not_said_to_serve(live: Live) -> None:
+    live.platform.deploy(OWNER, "guestbook", request_of(live))
+    live.stage.prober.failing = _Everything("not yet")
+    with pytest.raises(DeployFailed) as failure:
+        live.platform.deploy(OWNER, "guestbook", request_of(live))
+    assert "; v1 does not serve either: guestbook does not come up again: not yet" in str(failure.value)
 
 
 def crash_next_release(live: Live) -> None:
@@ -119,12 +127,45 @@ def test_an_image_reference_is_pulled(live: Live) -> None:
 
 def test_secrets_reach_the_app_with_a_new_release_and_win_over_env(live: Live) -> None:
     live.platform.deploy(OWNER, "guestbook", request_of(live))
-    release = live.platform.set_secrets(OWNER, "guestbook", {"COLOUR": "red"})
-    assert release is not None
-    assert release.number == 2
+    assert live.platform.set_secrets(OWNER, "guestbook", {"COLOUR": "red"}) == SecretsChange(("COLOUR",), 2)
     assert live.stage.engine.witness.runs[-1].env["COLOUR"] == "red"
     live.platform.unset_secrets(OWNER, "guestbook", ["COLOUR"])
     assert live.stage.engine.witness.runs[-1].env["COLOUR"] == "green"
+
+
+def test_a_change_of_secrets_that_changes_nothing_makes_no_release(live: Live) -> None:
+    live.platform.deploy(OWNER, "guestbook", request_of(live))
+    live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a", "OTHER": ""})
+    before = live.stage.engine.running()[0].id
+    assert live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a", "OTHER": ""}) == SecretsChange()
+    assert live.platform.set_secrets(OWNER, "guestbook", {"KEY": "b", "OTHER": ""}) == SecretsChange(("KEY",), 3)
+    assert len(live.platform.releases(OWNER, "guestbook")) == 3
+    assert live.stage.engine.running()[0].id != before
+
+
+def test_secrets_whose_release_failed_are_set_again_with_the_same_value(live: Live) -> None:
+    live.platform.deploy(OWNER, "guestbook", request_of(live))
+    live.stage.prober.failing = _Everything("not yet")
+    with pytest.raises(DeployFailed):
+        live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a"})
+    live.stage.prober.failing = {}
+    assert live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a"}) == SecretsChange(("KEY",), 3)
+    assert live.stage.engine.witness.runs[-1].env["KEY"] == "a"
+
+
+def test_no_secrets_at_all_are_refused(live: Live) -> None:
+    live.platform.create_app(OWNER, "guestbook")
+    with pytest.raises(BadRequest, match="no secret is named"):
+        live.platform.set_secrets(OWNER, "guestbook", {})
+    with pytest.raises(BadRequest, match="no secret is named"):
+        live.platform.unset_secrets(OWNER, "guestbook", [])
+
+
+def test_a_secret_that_cannot_be_opened_is_set_anew(live: Live) -> None:
+    live.platform.create_app(OWNER, "guestbook")
+    live.stage.state.change_secrets("guestbook", {"KEY": b"sealed to nobody"}, ())
+    assert live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a"}) == SecretsChange(("KEY",))
+    assert live.platform.set_secrets(OWNER, "guestbook", {"KEY": "a"}) == SecretsChange()
 
 
 @pytest.mark.parametrize("name", ["FLY_APP_NAME", "MINIPAAS_NODE", "1X", "A-B", ""])
@@ -238,3 +279,27 @@ def test_authorise_lets_pass_only_what_a_token_gives() -> None:
     authorise(reader, Action.READ, "guestbook")
     with pytest.raises(Forbidden, match="'reader' does not give the right to: destroy guestbook"):
         authorise(reader, Action.DESTROY, "guestbook")
+
+
+class EveryImageBut(dict[str, int]):
+    """Exit codes of containers of all images but one."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+
+    def get(self, image: str, default: object = None) -> object:  # type: ignore[override]
+        return default if image == self.image else 1
+
+
+def test_the_engine_keeps_the_image_that_serves_and_few_of_those_that_failed(live: Live) -> None:
+    images = live.stage.engine.images
+    images.remote["site"] = make_image([bytes(1024)])
+    request = DeployRequest(Source(kind="image", ref="site"), SITE)
+    live.platform.deploy(OWNER, "site", request)
+    serving = live.stage.state.release("site", 1).image
+    live.stage.engine.fake.faults.crash = EveryImageBut(serving)
+    for _ in range(5):
+        with pytest.raises(DeployFailed):
+            live.platform.deploy(OWNER, "site", request)
+    known = [release.image for release in live.stage.state.releases("site")]
+    assert [image for image in known if images.exists(image)] == [*known[:3], serving]

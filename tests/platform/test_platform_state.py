@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import apsw
@@ -135,7 +134,7 @@ def test_what_a_client_names_is_removed_only_if_it_is_an_upload(tmp_path: Path) 
     for name in ("../node.key", str(precious), "..", ""):
         uploads.remove(name)
     assert precious.read_text() == "x"
-    kept = uploads.store(BytesIO(b"content"))
+    kept = uploads.begin()
     uploads.remove(kept)
     with pytest.raises(NotFound):
         uploads.path(kept)

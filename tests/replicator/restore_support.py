@@ -78,7 +78,7 @@ class ReplicaBuilder:
     states: dict[Position, bytes] = field(default_factory=dict)
     times: dict[Position, int] = field(default_factory=dict)
 
-    def timeline(self, number: int, parent: Position | None = None, created_ms: int = T0_MS) -> None:
+    def timeline(self, number: int, parent: Position | None = None, created_ms: int = T0_MS, *, epoch: int = 0) -> None:
         record = Timeline(
             number=number,
             database=DATABASE,
@@ -87,6 +87,7 @@ class ReplicaBuilder:
             created_ms=created_ms,
             writer="test",
             reason="test",
+            epoch=epoch,
         )
         assert Replica(self.store).write_timeline(record)
         if parent:

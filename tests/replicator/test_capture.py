@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import apsw
 import pytest
-from ledger_support import AT_ONCE, App, Rig, app, restored, restored_rows, rig, rows
+from ledger_support import AT_ONCE, App, Rig, app, restored, restored_rows, rig, rows, wait_for
 
 from replicator.capture import CaptureSettings
+from replicator.database import FileStamp
 from replicator.errors import DatabaseError, StoreDenied, StoreUnavailable
 from replicator.layout import SegmentRef, segments_of
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions
 from replicator.segment import SegmentReader
+from replicator.spool import Spool
 from replicator.store.memory import MemoryStore
 from replicator.values import Position
 from replicator.worker import Protection, WorkerSettings
@@ -150,6 +156,63 @@ def test_after_a_plain_restart_continuity_is_proven_without_a_comparison(
         live.settle()
     assert restored_rows(store, tmp_path) == list(range(1, 81))
     assert len(timelines(store)) == 1
+
+
+@pytest.mark.parametrize("attributes", [[], ["-p"]], ids=["cp", "cp -p"])
+@pytest.mark.parametrize(("running", "backfilled"), [(False, False), (False, True), (True, True)])
+def test_a_file_that_is_copied_over_in_place_under_its_wal_is_never_mixed_with_what_was_captured(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, running: bool, backfilled: bool, attributes: list[str]
+) -> None:
+    """The WAL alone would prove that nothing has happened. While it runs, it is seen once all of the WAL is in the file."""
+    backup = tmp_path / "backup.db"
+    writer.insert(100)
+    writer.empty_wal()
+    subprocess.run(["cp", "-p", str(path), str(backup)], check=True)
+    settings = WorkerSettings(interval_s=0, capture=CaptureSettings(checkpoint_pages=1 if backfilled else 1000))
+    with rig(path, store, settings=settings) as live:
+        live.settle()
+        writer.run("UPDATE ledger SET body = 'new'")
+        live.settle()
+        assert live.figures.checkpoints == int(backfilled)
+        if running:
+            subprocess.run(["cp", *attributes, str(backup), str(path)], check=True)
+            live.worker._ask_for_step()
+            live.settle()
+    inode = path.stat().st_ino
+    if not running:
+        subprocess.run(["cp", *attributes, str(backup), str(path)], check=True)
+    assert path.stat().st_ino == inode and Path(f"{path}-wal").stat().st_size > 0
+    with rig(path, store, settings=settings) as live:
+        live.settle()
+        with app(path) as fresh:
+            fresh.insert(1)
+            live.settle()
+        assert live.figures.rebases == int(not running)
+    assert_same_as_source(store, path, tmp_path)
+
+
+def test_what_the_applications_checkpoint_wrote_while_we_were_away_costs_one_comparison(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    with rig(path, store) as live:
+        writer.insert(10)
+        live.settle()
+    writer.run("PRAGMA wal_checkpoint(passive)")
+    wait_for(lambda: FileStamp(0, 0, path.stat().st_ctime_ns, b"").is_settled(time.time_ns()))
+    for comparisons in (1, 0, 0):
+        with rig(path, store) as live:
+            live.settle()
+            assert live.figures.rebases == comparisons
+    assert len(headers(store)) == 1
+
+
+@pytest.mark.parametrize("ctime_ns", [5_000_000_000, 5_000_000_001])
+def test_a_stamp_within_the_tick_of_the_last_write_proves_nothing(ctime_ns: int) -> None:
+    """File systems that keep whole seconds have long ticks."""
+    stamp = FileStamp(4096, 1, ctime_ns, b"1234")
+    tick_ns = 20_000_000 if ctime_ns % 2 else 2_000_000_000
+    assert not stamp.is_settled(ctime_ns + tick_ns)
+    assert stamp.is_settled(ctime_ns + tick_ns + 1)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -563,6 +626,19 @@ def test_nothing_is_skipped_when_the_spool_cannot_be_written_for_a_while(
     assert_same_as_source(store, path, tmp_path)
 
 
+def test_a_full_disk_is_named(path: Path, store: MemoryStore, writer: App, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        captured = live.settle()
+        full = state / "spool" / f"{SegmentRef(1, 0, captured.txid + 1, captured.txid + 1).file_name}.tmp"
+        full.symlink_to("/dev/full")
+        writer.insert(1)
+        live.step()
+        assert live.worker.status().reason.startswith(f"{full} cannot be written: No space left on device; make room")
+        live.worker._ask_for_step()
+        live.settle()
+
+
 def test_a_comparison_that_fails_half_way_is_not_taken_for_done(
     path: Path, store: MemoryStore, writer: App, tmp_path: Path
 ) -> None:
@@ -622,6 +698,87 @@ def test_another_object_under_our_key_leads_to_a_new_timeline(
     assert len(rows(restored(store, tmp_path, RestoreOptions(position=Position(1, 1))))) == 20
 
 
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Files can be made and renamed, and hold next to nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_commits_that_were_thrown_away_for_a_new_timeline_never_count_as_durable(
+    writer: App, live: Rig, store: MemoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even when the disk is too full to begin it."""
+    store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+    writer.insert(1)
+    live.step()
+    wait_for(lambda: "holds another" in caplog.text)
+    with no_room():
+        live.step()
+    status = live.worker.status()
+    assert "base cannot be written" in status.reason and status.protection is Protection.NOT_PROTECTED
+    assert (status.waiting_segments, status.captured, status.durable) == (0, None, None)
+    live.worker._ask_for_step()
+    assert live.settle().timeline == 2, "the record that was written for the failed try is used"
+    assert len(timelines(store)) == 2
+    assert len(restored_rows(store, tmp_path)) == 21
+
+
+def test_a_timeline_that_was_begun_for_a_state_that_is_not_the_newest_any_more_is_dropped(
+    path: Path, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It forks from a commit that never reached the store, and never will."""
+    caplog.set_level("INFO")
+    down = threading.Event()
+
+    def before(operation: str, key: str) -> None:
+        if down.is_set() and operation == "put" and "segments/" in key:
+            raise StoreUnavailable("down")
+
+    store = MemoryStore(before=before)
+    other = path.with_name("other.db")
+    make(other, 3)
+    with rig(path, store) as live:
+        live.settle()
+        store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+        down.set()
+        writer.insert(1)
+        live.step()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+        live.step()
+        other.rename(path)
+        with no_room():
+            live.step()
+            assert timelines(store) == [(None, None), (1, 2)]
+            down.clear()
+            wait_for(lambda: (live.step(), "holds another" in caplog.text)[1])
+        live.worker._ask_for_step()
+        assert live.settle().timeline == 3
+    assert "goes on as timeline 2" not in caplog.text and headers(store, 2) == []
+    assert [snapshot for snapshot, _, _ in headers(store, 3)] == [True]
+    assert restored_rows(store, tmp_path) == [1, 2, 3]
+
+
+def test_a_full_spool_whose_segments_can_never_be_shipped_leads_to_a_new_timeline(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither waits for the other: uploads would free the spool, and a capture would begin the timeline."""
+    with rig(path, store, settings=WorkerSettings(interval_s=0, spool_limit_bytes=1000)) as live:
+        live.settle()
+        store.put(SegmentRef(1, 0, 2, 2).key, b"another")
+        writer.insert(1, 30_000)
+        live.step()
+        wait_for(lambda: "holds another" in caplog.text)
+        assert live.worker.status().waiting_bytes > 1000
+        assert live.settle().timeline == 2
+    assert len(restored_rows(store, tmp_path)) == 21
+
+
 def test_while_the_store_is_down_a_divergence_asks_it_seldom(writer: App, live: Rig, store: MemoryStore) -> None:
     store.put(SegmentRef(1, 0, 2, 2).key, b"another")
     store.fail_next("list", StoreUnavailable("down"), times=10**6)
@@ -644,6 +801,26 @@ def test_a_bucket_that_was_emptied_while_we_were_away_is_filled_again(path: Path
     with rig(path, store) as live:
         live.settle()
     assert len(restored_rows(store, tmp_path)) == 20
+
+
+def test_a_bucket_that_is_emptied_while_we_run_is_filled_again(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rig(path, store, settings=WorkerSettings(interval_s=0, prove_every_s=0)) as live:
+        live.settle()
+        store.delete([info.key for info in store.list()])
+        writer.insert(1)
+        live.settle()
+    assert len(restored_rows(store, tmp_path)) == 21
+    assert [r.levelname for r in caplog.records if "was it emptied" in r.message and "ship" in r.name] == ["WARNING"]
+
+
+def test_in_the_steady_state_there_are_uploads_and_no_other_request(writer: App, live: Rig, store: MemoryStore) -> None:
+    before = len(store.calls)
+    for _ in range(5):
+        writer.insert(1)
+        live.settle()
+    assert [operation for operation, _ in store.calls[before:]] == ["put"] * 5
 
 
 @pytest.mark.slow
@@ -702,6 +879,45 @@ def test_damaged_local_state_leads_to_a_new_timeline(
     assert len(restored_rows(store, tmp_path)) == 21
 
 
+def test_damaged_local_state_keeps_what_never_reached_the_store(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        writer.insert(1)
+        live.step()
+    (waiting,) = (state / "spool").iterdir()
+    tail = waiting.read_bytes()
+    (state / "base").write_bytes(b"damaged")
+    with rig(path, MemoryStore(), state=state) as live:
+        assert live.settle().timeline == 1
+    (aside,) = state.glob(".aside-*")
+    assert [(file.name, file.read_bytes()) for file in aside.iterdir()] == [(waiting.name, tail)]
+
+
+def test_a_tail_that_is_set_aside_half_way_leaves_a_queue_without_a_hole(
+    path: Path, store: MemoryStore, writer: App, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        for _ in range(3):
+            writer.insert(1)
+            live.step()
+    spool = Spool(state)
+    first, second, third = spool.waiting()
+    spool.path(second).unlink()
+    with pytest.raises(FileNotFoundError):
+        spool.set_aside()
+    assert spool.waiting() == [first, second]
+    assert [file.name for file in (state / "spool").iterdir()] == [first.file_name]
+    assert [file.name for file in state.glob(".aside-*/*")] == [third.file_name]
+    spool.close()
+
+
 def test_a_state_of_an_older_backup_never_writes_one_txid_twice(
     path: Path, store: MemoryStore, writer: App, tmp_path: Path
 ) -> None:
@@ -748,6 +964,25 @@ def test_the_lag_is_the_age_of_what_waits_not_of_what_was_before(path: Path, sto
         live.step()
         assert live.worker.status().lag_s < 5
         live.settle()
+
+
+def test_what_waited_at_the_start_is_as_old_as_its_first_commit(path: Path, store: MemoryStore, writer: App) -> None:
+    now = [1_700_000_000_000]
+    with rig(path, store, now_ms=lambda: now[0]) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=10**6)
+        for _ in range(2):
+            now[0] += 1000
+            writer.insert(1)
+            live.step()
+    first_ms = now[0] - 1000
+    now[0] = first_ms + 3_600_000
+    with rig(path, store, now_ms=lambda: now[0]) as live:
+        live.step()
+        status = live.worker.status()
+        assert status.waiting_segments == 2
+        assert 3600 <= status.lag_s < 3605
+        assert status.durable_ms == first_ms
 
 
 def test_a_local_state_that_cannot_be_written_has_words(path: Path, store: MemoryStore, tmp_path: Path) -> None:

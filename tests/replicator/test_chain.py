@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicator.chain import TxidRange, newest, plan, restorable, stops
+from replicator.chain import TxidRange, newer_than, newest, plan, restorable, stops
 from replicator.errors import ChainBroken, NothingToRestore
 from replicator.layout import SNAPSHOT_LEVEL, SegmentRef
 from replicator.values import Position, Timeline
@@ -155,6 +155,13 @@ def test_a_timeline_whose_parent_was_not_shipped_up_to_the_fork_is_at_the_last_t
 def test_the_newest_timeline_is_that_of_the_highest_epoch_whatever_its_number() -> None:
     timelines = records(record(1, epoch=1), record(2, 1, 1, epoch=2), record(3, 1, 1, epoch=1))
     assert newest(timelines, [snap(1, 1), seg(2, 2), seg(3, 2), seg(3, 3)]) == Position(2, 2)
+
+
+def test_a_timeline_is_left_for_one_of_a_higher_epoch_and_not_for_a_higher_number() -> None:
+    timelines = records(record(1, epoch=1), record(2, 1, 1, epoch=2), record(3, 1, 1, epoch=1))
+    assert newer_than(timelines, 2) == []
+    assert {one.number for one in newer_than(timelines, 3)} == {2}
+    assert {one.number for one in newer_than(timelines, 1)} == {2, 3}
 
 
 def test_a_timeline_whose_record_is_missing_counts_as_of_the_epoch_before_it() -> None:

@@ -22,6 +22,7 @@ import pytest
 
 import replicator
 from replicator import cli, control
+from replicator.cli import places
 from replicator.config import parse
 from replicator.errors import DaemonNotRunning
 
@@ -52,8 +53,8 @@ class Place:
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-m", "replicator", *map(str, arguments)]
 
-    def run(self, *arguments: object, code: int = 0) -> str:
-        """stdout, or stderr when a failure is expected."""
+    def run(self, *arguments: object, code: int = 0, of: str = "stdout") -> str:
+        """stdout, or what is named; stderr when a failure is expected."""
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
@@ -64,7 +65,7 @@ class Place:
             check=False,
         )
         assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+        return done.stdout if code == 0 and of == "stdout" else done.stderr
 
     def json(self, *arguments: object) -> Any:
         return json.loads(self.run(*arguments, "--json"))
@@ -236,11 +237,11 @@ def test_credentials_of_the_configuration_go_to_the_place_they_are_for_only() ->
         Path("r.yml"),
         {},
     )
-    configured = cli._configured("s3://b/d/db/x.db", config)
+    configured = places.configured_at("s3://b/d/db/x.db", config)
     assert configured is not None
     assert (configured.url, configured.secret_key) == ("s3://b/d/db/x.db?endpoint=https%3A%2F%2Fone", "S")
     for other in ("s3://b/dd", "s3://b", "s3://b/d?endpoint=https://two", "file:///b/d"):
-        assert cli._configured(other, config) is None
+        assert places.configured_at(other, config) is None
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -256,6 +257,36 @@ def test_once_ships_everything_and_ends(place: Place) -> None:
 def test_once_says_what_is_not_durable(place: Place) -> None:
     said = place.run("replicate", "--once", "missing.db", place.url, code=1)
     assert re.search(r"error +\S+/missing.db: NOT durable: there is no such file", said)
+
+
+def test_the_first_copy_is_told_from_a_comparison(place: Place) -> None:
+    place.connection.close()
+    first = place.run("replicate", "--once", place.database, place.url, of="stderr")
+    assert "begins timeline 1: first sight" in first
+    assert "first copy of all 2 pages" in first
+    second = place.run("replicate", "--once", place.database, place.url, of="stderr")
+    assert "what was written since the last time is not known; compared: 0 of 2 pages differ" in second
+
+
+def test_a_moment_that_is_still_to_come_is_named_with_what_was_reached(place: Place) -> None:
+    place.run("replicate", "--once", place.database, place.url)
+    said = place.run("restore", "-o", "x.db", "--timestamp", "2999-01-01T00:00:00Z", place.url, of="stderr")
+    assert "--timestamp 2999-01-01T00:00:00.000Z is in the future; what was reached is 20" in said
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_place_without_a_folder_of_databases_is_a_failure(place: Place, options: tuple[str, ...]) -> None:
+    assert "there is no replica of a folder at" in place.run("databases", place.url, *options, code=1)
+    place.run("replicate", "--once", place.database, place.url)
+    assert "is the replica of one database, not of a folder" in place.run("databases", place.url, *options, code=1)
+
+
+def test_names_of_files_never_reach_the_terminal_as_commands(place: Place) -> None:
+    name = "a\x1b[2J\n.db"
+    place.database.rename(place.folder / name)
+    said = place.run("replicate", "--once", name, place.url, of="stderr")
+    assert "a\\x1b[2J\\n.db: everything is in the store" in said
+    assert "\x1b" not in said
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import apsw
 import pytest
 from ledger_support import App, app
 
-from replicator.database import Journal, LiveDatabase, is_database_file
+from replicator.database import Journal, LiveDatabase, begins_as_database
 from replicator.errors import DatabaseBusy, DatabaseError, DatabaseMissing, DatabaseNotReplicable, NotADatabase
 
 
@@ -60,7 +60,7 @@ def test_closing_drops_no_lock_of_an_application_in_the_same_process(path: Path)
     database.acquire()
     database.read_pages(1, 1)
     database.close()
-    assert is_database_file(path)
+    assert begins_as_database(path)
     assert posix_locks(path) == held
     assert "BusyError" in leave_wal_mode(path)
     application.execute("INSERT INTO t VALUES (1)")
@@ -71,7 +71,8 @@ def test_closing_drops_no_lock_of_an_application_in_the_same_process(path: Path)
 def test_looking_at_a_file_opens_no_pipe_and_no_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", ".", "missing"):
-        assert not is_database_file(tmp_path / name)
+        with pytest.raises(DatabaseError, match="not a regular file|no such file"):
+            begins_as_database(tmp_path / name)
 
 
 def test_a_failed_opening_leaves_no_descriptor(path: Path) -> None:
@@ -113,6 +114,19 @@ def test_a_checkpoint_lets_the_next_commit_start_the_wal_anew(writer: App, live:
     writer.insert(1)
     after = live.wal_header()
     assert before and after and before.salt1 + 1 == after.salt1
+
+
+def test_after_a_checkpoint_sqlite_itself_leaves_the_file_as_it_was_under_the_barrier(
+    path: Path, writer: App, live: LiveDatabase
+) -> None:
+    live.acquire()
+    rest = live.checkpoint(lambda: None).rest
+    writer.insert(5)
+    writer.run("PRAGMA wal_checkpoint(PASSIVE)")
+    live.truncate_wal()
+    assert rest == live.stamp()
+    path.write_bytes(path.read_bytes())
+    assert not rest.same_content(live.stamp())
 
 
 def test_a_checkpoint_under_a_long_write_is_put_off(writer: App, live: LiveDatabase) -> None:
@@ -170,7 +184,8 @@ def test_an_exclusive_lock_is_named_as_the_reason(path: Path) -> None:
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.db"))
     path.write_bytes(b"SQLite format 3\x00".ljust(4096, b"\0"))
-    assert not is_database_file(path)
+    with pytest.raises(DatabaseNotReplicable, match="UTF-8"):
+        begins_as_database(path)
     with pytest.raises(DatabaseError, match="UTF-8"):
         LiveDatabase(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import statistics
 import subprocess
@@ -11,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 from ledger_support import app, restored, restored_rows, rows, wait_for
 
@@ -184,6 +187,7 @@ def test_a_full_disk_under_the_spool_is_said_and_survived(bucket: Bucket, data: 
             (small / "hog").write_bytes(b"x" * 1_400_000)
             writer.begin_storm(pause_ms=1, size=4000)
             wait_for(lambda: "No space left" in status_of(replicator, path).reason)
+            assert str(small) in status_of(replicator, path).reason
             rows_then = writer.committed()
             wait_for(lambda: writer.committed() > rows_then + 200)
             (small / "hog").unlink()
@@ -264,6 +268,26 @@ def test_a_replica_is_merged_and_thinned_while_it_is_written(
         assert restored_rows(bucket.store, tmp_path) == list(range(1, 22))
 
 
+def test_a_restart_goes_on_with_a_replica_that_was_merged_and_thinned(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path = data / "app.db"
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(1)
+        before = Replicator(sweep_s=3600)
+        before.start()
+        before.add(path, bucket.store, settings=HASTY)
+        for _ in range(20):
+            writer.insert(1)
+            before.sync(path, 10)
+        wait_for(lambda: 0 < len(Replica(bucket.store).segments()) <= 6, what="a small replica")
+        assert before.stop(5) == []
+        writer.insert(1)
+        replicator.add(path, bucket.store, settings=HASTY)
+        assert replicator.sync(path, 10).timeline == 1
+        assert restored_rows(bucket.store, tmp_path) == list(range(1, 23))
+
+
 def test_an_upkeep_that_fails_is_named_and_holds_up_no_commit(
     replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +336,35 @@ def test_a_stop_waits_for_no_upkeep(bucket: Bucket, data: Path) -> None:
         assert running.stop(3) == []
         assert time.monotonic() - began < 8
     released.set()
+
+
+def test_of_a_database_that_is_gone_for_good_the_upkeep_ends_too(
+    replicator: Replicator, bucket: Bucket, data: Path
+) -> None:
+    path, hangs, released = data / "app.db", threading.Event(), threading.Event()
+    calls_after: list[tuple[str, str]] = []
+
+    def hang(operation: str, key: str) -> None:
+        if released.is_set():
+            calls_after.append((operation, key))
+        elif operation == "put" and "/1/" in key:
+            hangs.set()
+            released.wait(20)
+
+    bucket.store.before = hang
+    replicator.add_folder(Folder(data), bucket.store, settings=HASTY)
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(1)
+        wait_for(lambda: is_durable(replicator, path))
+        while not hangs.is_set():
+            writer.insert(1)
+            replicator.sync(path, 10)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+    wait_for(lambda: not (data / ".app.db-replicator").exists(), what="the end of its local state")
+    released.set()
+    replicator.stop(5)
+    assert calls_after == []
 
 
 # -- sync --------------------------------------------------------------------------------------------------------------
@@ -421,6 +474,36 @@ def test_a_folder_that_is_moved_in_or_away_counts(
     wait_for(lambda: not replicator.status())
 
 
+def test_owner_and_mode_in_the_catalogue_follow_the_file_and_cost_no_request_while_they_stay(
+    bucket: Bucket, data: Path
+) -> None:
+    def entry(name: str) -> tuple[int, int, int]:
+        found = msgspec.json.decode(bucket.store.get(f"databases/{name}"))
+        return found["mode"], found["uid"], found["gid"]
+
+    def requests_for(name: str) -> list[str]:
+        return [operation for operation, key in bucket.store.calls if key == f"databases/{name}"]
+
+    for name in ("app.db", "other.db"):
+        make(data / name)
+        (data / name).chmod(0o600)
+    replicator = Replicator(sweep_s=0.05)
+    replicator.start()
+    try:
+        replicator.add_folder(Folder(data), bucket.store)
+        wait_for(lambda: is_durable(replicator, data / "app.db") and is_durable(replicator, data / "other.db"))
+        wait_for(lambda: requests_for("other.db") == ["put", "get"])
+        assert entry("app.db")[0] == 0o600
+        (data / "app.db").chmod(0o640)
+        os.chown(data / "app.db", 1234, 2345)
+        wait_for(lambda: entry("app.db") == (0o640, 1234, 2345))
+        (data / "app.db").chmod(0o644)
+        wait_for(lambda: entry("app.db") == (0o644, 1234, 2345))
+        assert requests_for("other.db") == ["put", "get"]
+    finally:
+        replicator.stop(5)
+
+
 def test_two_hundred_databases_at_once_are_in_the_store_within_seconds(
     replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
 ) -> None:
@@ -453,6 +536,56 @@ def test_a_database_that_goes_is_kept_in_mind_until_its_last_commits_are_in_the_
     bucket.down = False
     wait_for(lambda: not replicator.status())
     assert restored_rows(catalogue.replica_of(bucket.store, Path("app.db")), tmp_path) == list(range(1, 8))
+    wait_for(lambda: not (data / ".app.db-replicator").exists())
+
+
+def delete_while_the_store_is_down(path: Path, bucket: Bucket, state: Path | None) -> None:
+    """Its last commits are captured, and not shipped by the process that ends here."""
+    replicator = Replicator(sweep_s=3600)
+    replicator.start()
+    replicator.add_folder(Folder(path.parent), bucket.store, state=state, settings=FAST)
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(3)
+        wait_for(lambda: is_durable(replicator, path))
+        bucket.down = True
+        writer.insert(4)
+        wait_for(lambda: status_of(replicator, path).waiting_segments)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+    wait_for(lambda: "no such file" in status_of(replicator, path).reason)
+    replicator.stop(0.1)
+    bucket.down = False
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_last_commits_of_a_database_that_went_before_the_start_reach_the_store(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path, beside: bool
+) -> None:
+    """Then nothing of it is left here."""
+    state = None if beside else tmp_path / "state"
+    local = data / ".app.db-replicator" if beside else tmp_path / "state" / "app.db"
+    delete_while_the_store_is_down(data / "app.db", bucket, state)
+    assert list((local / "spool").iterdir())
+    replicator.add_folder(Folder(data), bucket.store, state=state, settings=FAST)
+    assert [status.path for status in replicator.status()] == [data / "app.db"]
+    wait_for(lambda: not replicator.status())
+    assert restored_rows(catalogue.replica_of(bucket.store, Path("app.db")), tmp_path) == list(range(1, 8))
+    wait_for(lambda: not local.exists())
+
+
+def test_last_commits_that_nobody_else_has_are_kept_when_their_replica_was_deleted(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path, spool = data / "app.db", tmp_path / "state" / "app.db" / "spool"
+    delete_while_the_store_is_down(path, bucket, tmp_path / "state")
+    tail = sorted(file.name for file in spool.iterdir())
+    bucket.store.delete([info.key for info in bucket.store.list()])
+    replicator.add_folder(Folder(data), bucket.store, state=tmp_path / "state", settings=FAST)
+    wait_for(lambda: not replicator.status())
+    wait_for(lambda: not (spool.parent / "lock").exists())
+    (aside,) = spool.parent.iterdir()
+    assert aside.name.startswith(".aside-")
+    assert sorted(file.name for file in aside.iterdir()) == tail
 
 
 def test_a_database_that_is_found_while_the_store_is_down_is_shown_as_not_protected(
@@ -482,6 +615,31 @@ def test_a_folder_of_a_database_that_is_named_too_is_still_looked_through(
         before = wait_for(lambda: status_of(replicator, data / "named.db").durable)
         writer.insert(1)
         wait_for(lambda: status_of(replicator, data / "named.db").durable != before)
+
+
+@dataclass(frozen=True)
+class Dropped(Folder):
+    """A folder that is dropped while it is looked through."""
+
+    drop: Callable[[], object] = lambda: None
+
+    def takes_name(self, name: str) -> bool:
+        self.drop()
+        return super().takes_name(name)
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_folder_that_is_dropped_while_it_is_looked_through_gets_no_database_afterwards(
+    replicator: Replicator, bucket: Bucket, data: Path, is_taken: bool
+) -> None:
+    """Nor one that could not be taken up."""
+    make(data / "app.db")
+    other = Replicator()
+    if is_taken:
+        other.add(data / "app.db", bucket.store.sub("other"))
+    replicator.add_folder(Dropped(data, drop=lambda: replicator.remove_folder(data)), bucket.store)
+    assert replicator.status() == []
+    other.stop(1)
 
 
 def test_a_folder_that_is_made_anew_is_watched_again(bucket: Bucket, data: Path, tmp_path: Path) -> None:
@@ -540,6 +698,26 @@ def test_an_application_in_this_process_keeps_its_locks_when_its_database_is_let
     replicator.sync(path, 10)
     application.close()
     assert restored_rows(bucket.store, tmp_path) == [1, 2]
+
+
+def test_a_database_that_is_open_in_this_process_is_not_checkpointed_after_every_commit(
+    replicator: Replicator, bucket: Bucket, data: Path
+) -> None:
+    """As one is that nobody has open, so that its WAL is empty when another file is put in its place."""
+    path = data / "state.db"
+    application = apsw.Connection(str(path))
+    application.execute("PRAGMA journal_mode=wal; CREATE TABLE ledger(id INTEGER PRIMARY KEY)").fetchall()
+    replicator.add(path, bucket.store, settings=FAST)
+    sizes = []
+    for n in range(10):
+        application.execute("INSERT INTO ledger VALUES (?)", (n,))
+        replicator.sync(path, 10)
+        for _ in range(3):
+            replicator.sync(path, 10)  # steps that find nothing
+        sizes.append(Path(f"{path}-wal").stat().st_size)
+    assert sizes == sorted(sizes) and sizes[0] > 0, "it was never emptied"
+    application.close()
+    wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0)
 
 
 def test_a_stop_leaves_no_descriptor_and_no_thread(bucket: Bucket, data: Path) -> None:

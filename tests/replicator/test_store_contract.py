@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -423,3 +424,23 @@ def test_of_a_stream_that_breaks_off_nothing_is_stored(store: ObjectStore, piece
     with pytest.raises(StateMismatch):
         store.put("stream", Stream(broken, 700_001 * pieces), if_none_match=True)
     assert keys(store) == []
+
+
+def test_an_object_bears_the_time_that_it_was_given(store: ObjectStore, tmp_path: Path) -> None:
+    store.put("then", b"x", time_ms=1_700_000_000_123, if_none_match=True)
+    large = tmp_path / "large"
+    large.write_bytes(bytes(6 << 20))
+    store.put("large", large, time_ms=1_700_000_000_500)
+    assert [store.head(key).time_ms for key in ("then", "large")] == [1_700_000_000_123, 1_700_000_000_500]
+    store.put("stream", stream_of(b"x"), time_ms=1_700_000_000_777)
+    store.put("large-stream", stream_of(*[bytes(1 << 20)] * 6), time_ms=1_700_000_000_999)
+    assert [store.head(key).time_ms for key in ("stream", "large-stream")] == [1_700_000_000_777, 1_700_000_000_999]
+
+
+def test_an_object_bears_the_time_of_its_writing_when_it_was_given_none(store: ObjectStore) -> None:
+    before = time.time_ns() // 1_000_000
+    store.put("now", b"x")
+    listed = next(store.list("now"))
+    for info in (store.head("now"), listed):
+        assert info.time_ms is not None
+        assert before - 1000 <= info.time_ms <= time.time_ns() // 1_000_000 + 1000, "S3 tells whole seconds"

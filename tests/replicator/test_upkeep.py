@@ -93,14 +93,19 @@ class Site:
         self.commits[self.timeline].append((self.now_ms, state, self.txid))
         self.upkeep.arrived(ref, self.replica.header(ref))
 
-    def fork(self, txid: int) -> None:
+    def fork(self, txid: int, *, epoch: int = 0) -> None:
         """Another writer goes on from an earlier position that can be restored."""
-        old, number = self.timeline, self.timeline + 1
+        old, number = self.timeline, max(self.commits) + 1
         self.builder.states.setdefault(Position(old, txid), self.restored(RestoreOptions(txid=txid, timeline=old)))
-        self.builder.timeline(number, Position(old, txid), self.now_ms)
+        self.builder.timeline(number, Position(old, txid), self.now_ms, epoch=epoch)
         self.commits[number] = [one for one in self.commits[old] if one[2] <= txid]
-        self.left_ms[old] = self.now_ms
+        self.left_ms.setdefault(old, self.now_ms)
         self.timeline, self.txid = number, txid
+        self.started()
+
+    def turn_to(self, timeline: int) -> None:
+        """What is done from now on is done by the writer of another timeline."""
+        self.timeline, self.txid = timeline, self.commits[timeline][-1][2]
         self.started()
 
     def pass_time(self, seconds: float) -> None:
@@ -391,6 +396,55 @@ def test_an_abandoned_end_stays_for_the_window_and_goes_after_it() -> None:
     site.pass_time(1000)
     assert {ref.timeline for ref in site.segments()} == {2}
     site.check()
+
+
+def test_a_late_writer_under_an_older_epoch_merges_and_deletes_nothing_that_a_newer_one_needs() -> None:
+    site = Site()
+    site.busy(100)
+    site.fork(90, epoch=1)
+    site.busy(200, 2)
+    site.turn_to(1)
+    site.fork(101)
+    before = site.segments()
+    site.busy(30)
+    site.pass_time(86400)
+    assert site.timeline == 3
+    assert [ref for ref in site.segments() if ref.timeline < 3] == before
+    assert len([ref for ref in site.segments(0) if ref.timeline == 3]) == 30
+    assert site.restored(RestoreOptions()) == site.commits[2][-1][1]
+
+
+def test_the_newest_epoch_keeps_its_replica_small_though_a_late_writer_took_a_higher_number() -> None:
+    site = Site()
+    site.busy(100)
+    site.fork(90, epoch=1)
+    site.busy(100)
+    site.turn_to(1)
+    site.fork(101)
+    site.busy(30)
+    site.left_ms[3] = site.now_ms
+    site.turn_to(2)
+    site.busy(300, 2)
+    site.check(moments=30)
+    site.busy(1600, 4)
+    site.pass_time(1000)
+    assert {ref.timeline for ref in site.segments()} == {2} and len(site.segments()) < 60
+    site.check()
+
+
+def test_what_leads_to_the_fork_of_a_late_writer_stays_until_it_has_shipped_something() -> None:
+    site = Site()
+    site.busy(100)
+    site.fork(90, epoch=1)
+    site.busy(450, 2)
+    site.turn_to(1)
+    site.fork(101)
+    site.turn_to(2)
+    site.busy(300, 2)
+    assert site.now_ms - site.left_ms[1] > 1000 * site.settings.retention_s
+    site.turn_to(3)
+    site.commit()
+    assert site.restored(RestoreOptions(timeline=3)) == site.commits[3][-1][1]
 
 
 def test_a_merged_segment_never_crosses_a_fork() -> None:

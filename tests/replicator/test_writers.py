@@ -163,6 +163,21 @@ def test_segments_that_vanished_from_the_store_meanwhile_are_noticed_at_the_star
         assert timelines(store) == [1, 2]
 
 
+def test_a_replica_whose_timeline_records_are_gone_is_begun_anew_beside_its_segments(tmp_path: Path) -> None:
+    ledger, store = Ledger(tmp_path / "a"), MemoryStore()
+    ledger.add_rows(3)
+    ledger.ship(store)
+    store.delete([info.key for info in store.list(TIMELINES)])
+    ledger.add_rows(1)
+    replicator = ledger.replicate(store)
+    try:
+        wait_for(partial(is_protected, replicator))
+    finally:
+        replicator.stop()
+    assert timelines(store) == [2]
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4]
+
+
 def is_protected(replicator: Replicator) -> bool:
     return replicator.status()[0].protection is Protection.PROTECTED
 

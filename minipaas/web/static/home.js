@@ -81,6 +81,7 @@ function safety(node) {
   const count = `${node.databases.length} database${node.databases.length === 1 ? "" : "s"}`;
   if (bad) return ["bad", `${bad} of ${count} NOT PROTECTED`];
   if (busy) return ["busy", `${count}, ${busy} catching up`];
+  if (!node.durable) return ["busy", "starting: nothing is known to be protected yet"];
   return ["good", `All ${count} protected`];
 }
 

@@ -1,0 +1,74 @@
+"""The command ``replicate``. Decides nothing; the work is in ``replicator.daemon``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from replicator.cli.options import DURATION, FILE, config_option, socket_option
+from replicator.cli.places import need_config
+from replicator.errors import UsageError
+
+if TYPE_CHECKING:
+    from replicator.config import Config
+
+
+@click.command()
+@click.argument("database", metavar="[DB", required=False, type=FILE)
+@click.argument("url", metavar="URL]", required=False)
+@config_option
+@click.option("--once", is_flag=True, help="Ship what is there now, and end.")
+@click.option("--exec", "command", metavar="CMD", help="Run this program beside, and end with it and its exit code.")
+@click.option(
+    "--shutdown-timeout", callback=DURATION, metavar="TIME", help="For the last commits at the end. Default 30s."
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Of the log on stderr.")
+@socket_option
+def replicate(
+    database: Path | None,
+    url: str | None,
+    config_file: Path | None,
+    no_expand_env: bool,
+    once: bool,
+    command: str | None,
+    shutdown_timeout: float | None,
+    log_format: str | None,
+    socket_path: Path | None,
+) -> int:
+    """Replicate databases until this is stopped.
+
+    Either one database DB to URL, or all those that the configuration file names. On SIGTERM or Ctrl-C the last commits are
+    shipped first; exit code 0 says that everything is in the store.
+    """
+    from replicator import daemon
+
+    config = _config_of(database, url) if database else need_config(config_file, no_expand_env)
+    if not config.databases:
+        raise UsageError(f"{config.file}: dbs names no database; add one, or run `replicator replicate DB URL`")
+    options = daemon.RunOptions(
+        once=once,
+        exec_command=command if command is not None else ("" if once else config.exec_command),
+        socket_path=socket_path,
+        shutdown_timeout_s=config.shutdown_timeout_s if shutdown_timeout is None else shutdown_timeout,
+    )
+    if once and options.exec_command:
+        raise UsageError("--once and --exec exclude each other: one ends by itself, the other with its program")
+    daemon.set_up_logging(config.log_level, log_format or config.log_format)
+    daemon.mention(config.notes)
+    code = daemon.Daemon(config, options).run()
+    if code:
+        daemon.end_process(code)
+    return code
+
+
+def _config_of(database: Path, url: str | None) -> Config:
+    from replicator.config import Config, DatabaseConfig, ReplicaConfig
+
+    if url is None:
+        raise UsageError(f"where is {database} to be replicated to? give a URL after it")
+    return Config(databases=(DatabaseConfig(database.absolute(), ReplicaConfig(url)),))
+
+
+COMMANDS = (replicate,)
