@@ -20,6 +20,8 @@ from replicator import (
     DatabaseError,
     DatabaseStatus,
     Folder,
+    FormatError,
+    IntegrityCheckFailed,
     NothingToRestore,
     ObjectStore,
     Replica,
@@ -197,14 +199,17 @@ def restore_folder(
     """Every database of a folder's replica into ``directory``, with owner and mode; those that are there already stay.
 
     local: state of the folder's databases, where the restored positions are noted, so that each goes on as a fork from there.
-    One of which nothing was ever durable is left out, and said; one that fails keeps no other from coming back.
+    One of which nothing can be restored at all is left out, and said; one that fails keeps no other from coming back. One whose entry
+    is lost gets the owner of the folder.
     """
     for leftover in directory.rglob(".*.restoring-*"):
         leftover.unlink()
+    owner = directory.stat()
     failures: list[ReplicatorError] = []
-    for name, entry in catalogue.entries(store).items():
+    for name, entry in catalogue.recoverable(store).items():
+        uid, gid, mode = (entry.uid, entry.gid, entry.mode) if entry else (owner.st_uid, owner.st_gid, 0o600)
         target = directory / name
-        _make_folders(directory, name, entry.uid, entry.gid)
+        _make_folders(directory, name, uid, gid)
         try:
             _restore_database(
                 catalogue.replica_of(store, name),
@@ -213,17 +218,19 @@ def restore_folder(
                 f"{name} of {what}",
                 on_progress,
             )
-        except NothingToRestore:
-            on_progress(f"{name} of {what}: nothing of it was ever in the bucket; it is left out")
+        except NothingToRestore as nothing:
+            log.warning("%s of %s is left out: %s", name, what, nothing)
+            on_progress(f"{name} of {what}: nothing of it was ever whole in the bucket; it is left out")
             continue
-        except RestoreError as error:
+        except (RestoreError, FormatError) as error:
             log.error(
-                "a database could not be restored", extra={"database": str(name), "volume": what, "reason": str(error)}
+                "a database could not be restored; put it there with replicator restore, and its app comes back",
+                extra={"database": str(name), "volume": what, "path": target, "reason": str(error)},
             )
             failures.append(error)
             continue
-        os.chown(target, entry.uid, entry.gid)
-        target.chmod(entry.mode)
+        os.chown(target, uid, gid)
+        target.chmod(mode)
     if failures:
         raise failures[0]
 
@@ -243,8 +250,16 @@ def _restore_database(
     if target.exists():
         return
     began = time.monotonic()
-    report = restore(store, target, RestoreOptions(integrity_check="quick"))
-    mark_restored(local, report, Replica(store).timelines()[report.position.timeline])
+    try:
+        report = restore(store, target, RestoreOptions(integrity_check="quick"))
+    except IntegrityCheckFailed as failed:
+        # Every page is as it was: what SQLite complains of is so in the original, and its app has lived with it.
+        log.warning("%s is restored as it was, though SQLite complains of it: %s", what, failed)
+        on_progress(f"{what}: as it was, though SQLite complains of it; see the log")
+        report = restore(store, target, RestoreOptions(integrity_check="none"))
+    record = Replica(store).timelines().get(report.position.timeline)
+    if record is not None:  # without it, replication begins with a snapshot
+        mark_restored(local, report, record)
     on_progress(f"{what}: {report.size_bytes / 1048576:.1f} MiB at {report.position}, {time.monotonic() - began:.1f} s")
 
 

@@ -5,11 +5,14 @@ Owns ``fleet/fleet.json`` and ``fleet/lease.json`` below the bucket's prefix. Ho
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import msgspec
 
 from minipaas.errors import BadRequest, Conflict, NotFound
+from minipaas.model import Fleet
+from minipaas.settings import Settings
 from replicator import Lease, ObjectMissing, ObjectStore, PreconditionFailed
 
 RECORD = "fleet/fleet.json"
@@ -24,6 +27,15 @@ class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
     domain: str
     sync_interval_s: float
     version: int = 1
+
+
+def record_of(fleet: Fleet, settings: Settings) -> FleetRecord:
+    return FleetRecord(
+        id=fleet.id,
+        recovery_recipient=fleet.recovery_recipient,
+        domain=settings.domain,
+        sync_interval_s=settings.sync_interval_s,
+    )
 
 
 def read_fleet(bucket: ObjectStore) -> FleetRecord:
@@ -51,6 +63,12 @@ def write_fleet(bucket: ObjectStore, record: FleetRecord) -> None:
         raise Conflict(
             f"{bucket.url} holds a fleet already; bring it back with: minipaas recover, or use another prefix"
         ) from None
+
+
+def keep_fleet(bucket: ObjectStore, record: FleetRecord) -> None:
+    """Write it again where somebody has emptied the bucket: without it nothing can be recovered from there. Raises StoreError."""
+    with contextlib.suppress(Conflict):
+        write_fleet(bucket, record)
 
 
 def fleet_lease(

@@ -28,6 +28,7 @@ from minipaas.engine.podman_service import PodmanService
 from minipaas.errors import AlreadyRunning, FleetHeld, NotFound, PlatformError, Unavailable
 from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
+from minipaas.model import Fleet
 from minipaas.ops import World
 from minipaas.progress import Hub
 from minipaas.protection import Backups
@@ -67,11 +68,12 @@ class Wiring:
     """How the outer parts are made; the defaults are the real ones.
 
     backups: given the epoch of the node's lease, which raises LeaseLost while it is not held. lease: given the event that ends it; None
-    for no lease.
+    for no lease. keep_fleet: sees to it that the bucket still says which fleet it holds.
     """
 
     backups: Callable[[Settings, Callable[[], int]], Backups]
     lease: Callable[[Settings, threading.Event], Lease] | None = None
+    keep_fleet: Callable[[Settings, Fleet], None] = lambda settings, fleet: None
     engine: Callable[[Settings], Engine] = new_engine
     edge: Callable[[Settings], Edge] = new_edge
     prober: Prober = SocketProber()
@@ -134,7 +136,10 @@ class Server:
         volumes.clean(settings, {volume.id for volume in self.state.volumes()})
         undo.callback(self._leaving.set)
         try:
-            self._tenure.begin(on_lost=self.ended.set)
+            self._tenure.begin(
+                on_lost=self.ended.set,
+                on_held=partial(self._wiring.keep_fleet, settings, self.state.fleet()),
+            )
         except FleetHeld:
             self._fence_before_start()
             raise

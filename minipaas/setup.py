@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from minipaas import backups
 from minipaas.access import issue_local_token
 from minipaas.errors import BadRequest, Conflict, NodeNotEmpty, NotFound
-from minipaas.fleet import FleetRecord, read_fleet, write_fleet
+from minipaas.fleet import read_fleet, record_of, write_fleet
 from minipaas.model import Fleet, Node, check_domain, check_name
 from minipaas.sealing import Identity, create_node_identity
 from minipaas.settings import Credentials, Settings, check_listens, write_credentials, write_settings
@@ -148,12 +148,7 @@ def _write_node(request: SetupRequest, bucket: ObjectStore, now_ms: int) -> Setu
     token = _write_state(settings, fleet, node, now_ms)
     write_fleet(
         bucket,
-        FleetRecord(
-            id=fleet.id,
-            recovery_recipient=owner.recipient,
-            domain=settings.domain,
-            sync_interval_s=settings.sync_interval_s,
-        ),
+        record_of(fleet, settings),
     )
     write_settings(settings)  # last: without it nothing serves, so that a setup that was killed is seen as one
     return SetupResult(settings, fleet.id, owner.secret, token)

@@ -43,11 +43,11 @@ class Tenure:
         self._settings, self._lease, self._leaving, self._retry_s = settings, lease, leaving, retry_s
         self.lost = ""
 
-    def begin(self, on_lost: Callable[[], None]) -> None:
+    def begin(self, on_lost: Callable[[], None], on_held: Callable[[], None]) -> None:
         """Take it up where this node had it. Raises FleetHeld when another has had it since, now or in an earlier life of this node.
 
-        A bucket that cannot be reached is no reason not to look after the apps that run here: it is asked again. on_lost: called
-        in a thread, after ``lost`` says why.
+        A bucket that cannot be reached is no reason not to look after the apps that run here: it is asked again. Both are called in a
+        thread: on_held once it is this node's, on_lost after ``lost`` says why.
         """
         self._refuse_if_lost()
         if self._lease is None:
@@ -61,7 +61,9 @@ class Tenure:
         except ReplicatorError as error:
             self._lose(error)
             raise FleetHeld(self.lost) from error
-        threading.Thread(target=self._keep, args=(self._lease, held, on_lost), name="lease", daemon=True).start()
+        threading.Thread(
+            target=self._keep, args=(self._lease, held, on_lost, on_held), name="lease", daemon=True
+        ).start()
 
     @contextmanager
     def borrowed(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -72,18 +74,20 @@ class Tenure:
                 self._lease.resume()
         except (FleetHeld, ReplicatorError) as error:
             say(f"the bucket could not be taken up: {error}")
-        yield
         try:
-            if self._lease is not None:
-                self._lease.release()
-        except ReplicatorError as error:
-            say(f"the bucket could not be released, so a recovery will watch it first: {error}")
+            yield
+        finally:
+            try:
+                if self._lease is not None:
+                    self._lease.release()
+            except ReplicatorError as error:
+                say(f"the bucket could not be released, so a recovery will watch it first: {error}")
 
     def epoch(self) -> int:
         """Fencing token for what is begun in the bucket. Raises LeaseLost while this node has no right to it."""
         return self._lease.token() if self._lease is not None else 0
 
-    def _keep(self, lease: Lease, held: bool, on_lost: Callable[[], None]) -> None:
+    def _keep(self, lease: Lease, held: bool, on_lost: Callable[[], None], on_held: Callable[[], None]) -> None:
         def lose(error: ReplicatorError) -> None:
             self._lose(error)
             on_lost()
@@ -99,6 +103,12 @@ class Tenure:
             except ReplicatorError as error:
                 lose(error)
                 return
+            except Exception:  # the loop of a thread: it must not end in silence
+                log.exception("the bucket could not be taken up; it is tried again")
+        try:
+            on_held()
+        except (PlatformError, ReplicatorError) as error:
+            log.warning("the fleet's record in the bucket could not be looked at", extra={"reason": str(error)})
         lease.keep(lose)
 
     def _refuse_if_lost(self) -> None:

@@ -7,6 +7,7 @@ path in the folder.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import stat
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,10 @@ import msgspec
 from replicator.errors import FormatError, ObjectMissing, PreconditionFailed
 from replicator.store import ObjectStore
 
+log = logging.getLogger(__name__)
+
 ENTRIES = "databases/"
+REPLICAS = "db/"
 _PLAIN = re.compile(rb"[A-Za-z0-9._-]")
 _ENCODED = re.compile(r"(?:[A-Za-z0-9._-]|=[0-9A-F]{2})+")
 
@@ -65,7 +69,7 @@ def entry_of(folder: Path, path: Path) -> Entry:
 
 
 def renew(store: ObjectStore, entry: Entry) -> None:
-    """Replace what the store holds under the entry's key, if it says something else. One that is not there is left to ``register``.
+    """Make the store hold it, if that holds something else under its key, or nothing.
 
     Raises StoreError; PreconditionFailed when another writer has replaced it at the same time.
     """
@@ -74,7 +78,7 @@ def renew(store: ObjectStore, entry: Entry) -> None:
         if store.get(key) != body:
             store.put(key, body, if_match=store.head(key).etag)
     except ObjectMissing:
-        return
+        store.put(key, body, if_none_match=True)
 
 
 def _key(name: Path | PurePosixPath) -> str:
@@ -82,7 +86,7 @@ def _key(name: Path | PurePosixPath) -> str:
 
 
 def replica_of(store: ObjectStore, name: Path | PurePosixPath) -> ObjectStore:
-    return store.sub(f"db/{encode(name)}")
+    return store.sub(f"{REPLICAS}{encode(name)}")
 
 
 def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
@@ -95,4 +99,24 @@ def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
         except msgspec.MsgspecError as error:
             raise FormatError(f"{store.url}/{info.key} is not the entry of a database: {error}") from error
         found[name] = entry
+    return found
+
+
+def recoverable(store: ObjectStore) -> dict[PurePosixPath, Entry | None]:
+    """What ``entries`` says, and the databases of which only a replica is there: None for one whose entry is lost or damaged.
+
+    For a recovery, which must not pass over any: it lists the whole folder. Raises StoreError.
+    """
+    found: dict[PurePosixPath, Entry | None] = {}
+    for info in store.list():
+        kind, _, rest = info.key.partition("/")
+        if f"{kind}/" not in (ENTRIES, REPLICAS):
+            continue
+        with contextlib.suppress(FormatError):  # the key of something else
+            found.setdefault(decode(rest.partition("/")[0]), None)
+    for name in found:
+        try:
+            found[name] = msgspec.json.decode(store.get(_key(name)), type=Entry)
+        except (ObjectMissing, msgspec.MsgspecError) as error:
+            log.warning("%s/%s: the entry of a database is lost or damaged: %s", store.url, _key(name), error)
     return found

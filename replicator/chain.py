@@ -116,13 +116,15 @@ def newest(timelines: Mapping[int, Timeline], segments: Iterable[SegmentRef], ti
         for part in _path(timelines, fork)[1:]:
             if reached := [ref.last for ref in own.get(part.timeline, ()) if ref.last <= part.txid]:
                 return fork if reached[-1] == fork.txid else Position(part.timeline, reached[-1])
-        if number in with_segments:
+        if number in with_segments and any(own.values()):
             raise ChainBroken(
                 f"timeline {number} cannot be restored: it has segments but no snapshot before them; "
                 f"{_alternatives(own, number)}"
             )
     if timeline is not None:
         raise NothingToRestore(f"timeline {timeline} holds nothing to restore; {_alternatives(own, timeline)}")
+    if with_segments:
+        raise NothingToRestore("the replica holds segments, but no snapshot that they follow from has ever arrived")
     raise NothingToRestore("the replica holds no segment; check the URL, or let the first snapshot be shipped")
 
 

@@ -2,7 +2,8 @@
 
 Owns the lease's JSON form and the rule for taking over. Clocks of different hosts are never compared: a lease is silent
 when the object has not changed for its time to live, as the one who watches it measures. Every change is conditional
-on what was read before.
+on what was read before. The one use of the clock: when there is no object, new or because somebody deleted it, the epoch begins with
+the seconds since 1970, so that it is higher than any that was given out before.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Lease:
         label: str,
         ttl_s: float = 60.0,
         monotonic: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float] = time.time,
         stop: threading.Event | None = None,
     ) -> None:
         self._store = store
@@ -58,6 +60,7 @@ class Lease:
         self._label = label
         self._ttl_s = ttl_s
         self._monotonic = monotonic
+        self._now_s = now_s
         self._stop = stop or threading.Event()
         self._mine: LeaseRecord | None = None
         self._etag = ""
@@ -92,16 +95,20 @@ class Lease:
             if on_wait:
                 on_wait(found[0])
             self._watch(*found)
-        epoch = found[0].epoch + 1 if found else 1
-        record = LeaseRecord(holder=self._holder, label=self._label, epoch=epoch, beat=0, ttl_s=self._ttl_s)
-        try:
-            info = self._write(record, found[1] if found else None)
-        except PreconditionFailed:
-            raise LeaseHeld(
-                f"another took the lease {self._key} at this moment; look who it was, and try again"
-            ) from None
-        self._mine, self._etag = record, info.etag
-        return epoch
+        while True:
+            epoch = found[0].epoch + 1 if found else int(self._now_s())
+            record = LeaseRecord(holder=self._holder, label=self._label, epoch=epoch, beat=0, ttl_s=self._ttl_s)
+            try:
+                info = self._write(record, found[1] if found else None)
+            except PreconditionFailed:
+                found = self.look()
+                if found is not None and found[0].holder == self._holder:
+                    continue  # a try of ours that was given up for lost has arrived late
+                raise LeaseHeld(
+                    f"another took the lease {self._key} at this moment; look who it was, and try again"
+                ) from None
+            self._mine, self._etag = record, info.etag
+            return epoch
 
     def resume(self) -> int:
         """Take it as one who goes on: if nobody ever had it, or it is ours from before a restart. The epoch.
@@ -147,6 +154,8 @@ class Lease:
                 return
             except StoreError as error:
                 log.warning("the lease %s could not be renewed: %s", self._key, error)
+            except Exception:  # the loop of a thread: it must not end in silence
+                log.exception("the lease %s could not be renewed; it is tried again", self._key)
 
     def _held(self) -> LeaseRecord:
         if self._mine is None:
@@ -169,10 +178,18 @@ class Lease:
         return self._store.put(self._key, msgspec.json.encode(record), if_none_match=etag is None, if_match=etag)
 
     def _reconsider(self, intended: LeaseRecord) -> None:
-        """A renewal was refused: either its acknowledgement was lost before, or another has the lease."""
+        """A renewal was refused: its acknowledgement was lost before, or the object was deleted, or another has the lease."""
         found = self.look()
-        if found is None or found[0] != intended:
+        if found is None:
+            log.warning("the lease %s was deleted; it is written again", self._key)
+        elif found[0] == intended:
+            self._mine, self._etag = found
+            return
+        elif found[0].holder != self._holder:
             self._mine = None
-            who = found[0].label if found else "nobody"
-            raise LeaseLost(f"the lease {self._key} is lost: {who} has it now")
-        self._mine, self._etag = found
+            raise LeaseLost(f"the lease {self._key} is lost: {found[0].label} has it now")
+        try:
+            self.acquire()
+        except LeaseHeld as held:
+            self._mine = None
+            raise LeaseLost(str(held)) from held

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from replicator import chain
-from replicator.errors import ChainBroken, NothingToRestore
+from replicator.errors import ChainBroken, LeaseLost, NothingToRestore
 from replicator.layout import SegmentRef
 from replicator.replica import Replica
 from replicator.spool import Captured
@@ -36,17 +36,22 @@ def new_timeline(
     epoch: int = 0,
     arrived_txid: int = 0,
 ) -> Origin:
-    """Write the record of a new timeline. Raises StoreError.
+    """Write the record of a new timeline. Raises StoreError, and LeaseLost when a later lease has written here.
 
     known: the state that the database forks from, when it is of this replica and can still be restored; else the new timeline
-    begins with a snapshot, and its parent is the newest that there is. epoch: of the lease that allows it, 0 without one.
-    arrived_txid: up to here the replica must have what leads to the known state, the rest is still to come; 0 when it need have
-    nothing.
+    begins with a snapshot, and its parent is the newest that there is. epoch: of the lease that allows it; 0 without one, and then
+    the newest's is taken over, so that what is written from here on is the newest. arrived_txid: up to here the replica must have what
+    leads to the known state, the rest is still to come; 0 when it need have nothing.
     """
     parent: int | None
     fork_txid: int | None
     while True:
         timelines, segments = replica.timelines(), replica.segments()
+        newest_epoch = max((each.epoch for each in timelines.values()), default=0)
+        if 0 < epoch < newest_epoch:
+            raise LeaseLost(
+                f"{replica.store.url} has timelines of lease {newest_epoch}, this writer's is {epoch}: another has taken over"
+            )
         number = max((*timelines, *(ref.timeline for ref in segments)), default=0) + 1
         if known is not None and timelines.get(known.timeline.number) == known.timeline:
             parent, fork_txid = known.timeline.number, known.txid
@@ -61,7 +66,7 @@ def new_timeline(
             created_ms=now_ms,
             writer=writer,
             reason=reason,
-            epoch=epoch,
+            epoch=max(epoch, newest_epoch),
         )
         if replica.write_timeline(timeline):
             # Listed anew after the record was written: from then on nobody deletes what leads to its fork.

@@ -106,6 +106,8 @@ class Shipper:
                 if ref not in self._in_flight:
                     self._in_flight.add(ref)
                     self._pool.submit(self._upload, ref, timeline, arrived_txid, self._era)
+                if ref.is_snapshot:
+                    break  # what follows is worth nothing without it, and would hide what can be restored
             return None
 
     def durable(self, captured: Position) -> Position | None:

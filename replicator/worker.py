@@ -179,6 +179,7 @@ class DatabaseWorker:
     def _capture_in_turn(self, step: int) -> float | None:
         """Capture, unless the pace or a failure says later. Seconds until then."""
         now = time.monotonic()
+        self._quiet_until = 0.0  # what puts this step off sets it anew, and sees to another
         pause_s = 0.0 if self._captured_step < self._wanted_step else self._pace.wait_s()
         pause_s = max(pause_s, self._not_before - now)
         if pause_s > 0:

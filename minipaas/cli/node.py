@@ -199,7 +199,7 @@ def _being_restored(state: State) -> list[str]:
 
 def _wiring(settings: Settings) -> Any:
     from minipaas import backups
-    from minipaas.fleet import fleet_lease
+    from minipaas.fleet import fleet_lease, keep_fleet, record_of
     from minipaas.serve import Wiring
 
     credentials = _credentials(settings)
@@ -207,6 +207,7 @@ def _wiring(settings: Settings) -> Any:
     shipping = backups.open_bucket(settings.bucket, credentials, backups.SHIPPING_PATIENCE_S)
     return Wiring(
         backups=lambda settings, epoch: backups.BucketBackups(settings, bucket, shipping, epoch),
+        keep_fleet=lambda settings, fleet: keep_fleet(shipping, record_of(fleet, settings)),
         lease=lambda settings, stop: fleet_lease(shipping, settings.node_id, settings.node, settings.lease_ttl_s, stop),
     )
 

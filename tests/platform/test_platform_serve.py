@@ -22,6 +22,8 @@ from minipaas.cli.node import _recovery_key
 from minipaas.edge.fake import FakeEdge
 from minipaas.engine.fake import make_image
 from minipaas.errors import AlreadyRunning, BadRequest, Conflict, FleetHeld, NodeNotEmpty, Unavailable
+from minipaas.fleet import keep_fleet, read_fleet, record_of
+from minipaas.model import Fleet
 from minipaas.sealing import Identity
 from minipaas.serve import Server, Wiring, stop_everything
 from minipaas.service import DeployRequest
@@ -414,7 +416,7 @@ def test_a_node_without_the_bucket_has_no_token_for_new_timelines(settings: Sett
         return host.backups
 
     store = MemoryStore()
-    lease = Lease(store, "lease", holder="a", label="node a")
+    lease = Lease(store, "lease", holder="a", label="node a", now_s=lambda: 1)
     wiring = replace(host.wiring, backups=backups, lease=lambda settings, leaving: lease)
     server = Server(settings, wiring)
     server.start()
@@ -424,4 +426,24 @@ def test_a_node_without_the_bucket_has_no_token_for_new_timelines(settings: Sett
         lease.renew()
     with pytest.raises(LeaseLost):
         tokens[0]()
+    server.stop()
+
+
+def test_a_bucket_that_was_emptied_is_told_again_which_fleet_it_holds(settings: Settings) -> None:
+    bucket = MemoryStore()
+    record = record_of(Fleet(id="0" * 32, recovery_recipient="age1x"), settings)
+    keep_fleet(bucket, record)
+    keep_fleet(bucket, msgspec.structs.replace(record, domain="elsewhere"))
+    assert read_fleet(bucket) == record
+
+
+def test_a_node_sees_to_the_record_of_its_fleet_once_it_has_the_bucket(settings: Settings, host: Host) -> None:
+    kept: list[str] = []
+    wiring = replace(
+        with_lease(host, [StoreUnavailable("away")], threading.Event()),
+        keep_fleet=lambda settings, fleet: kept.append(fleet.id),
+    )
+    server = Server(settings, wiring)
+    server.start()
+    until(lambda: kept == [server.state.fleet().id])
     server.stop()

@@ -172,6 +172,11 @@ def test_a_timeline_without_descent_and_segments_does_not_hide_the_one_before() 
     assert newest(records(record(1), record(2)), [snap(1, 1), seg(1, 2)]) == Position(1, 2)
 
 
+def test_segments_without_any_snapshot_are_nothing_to_restore() -> None:
+    with pytest.raises(NothingToRestore, match="no snapshot that they follow from"):
+        newest(records(record(1)), [seg(1, 2), seg(1, 3)])
+
+
 def test_newest_refuses_to_pass_over_a_timeline_whose_snapshot_is_missing() -> None:
     with pytest.raises(ChainBroken, match="timeline 2 cannot be restored"):
         newest(records(record(1), record(2)), [snap(1, 1), seg(2, 7)])

@@ -14,13 +14,58 @@ KEY = "fleet/lease.json"
 
 
 def lease(store: MemoryStore, holder: str, ttl_s: float = 0.05) -> Lease:
-    return Lease(store, KEY, holder=holder, label=f"node {holder}", ttl_s=ttl_s)
+    return Lease(store, KEY, holder=holder, label=f"node {holder}", ttl_s=ttl_s, now_s=lambda: 1)
 
 
 def test_the_first_holder_gets_epoch_one_and_a_restart_of_it_the_next() -> None:
     store = MemoryStore()
     assert lease(store, "a").acquire() == 1
     assert lease(store, "a").acquire() == 2
+
+
+def test_a_lease_that_was_deleted_begins_anew_above_every_epoch_before() -> None:
+    store = MemoryStore()
+    first = Lease(store, KEY, holder="a", label="node a", now_s=lambda: 1_000)
+    assert first.acquire() == 1_000
+    store.delete([KEY])
+    assert Lease(store, KEY, holder="b", label="node b", now_s=lambda: 2_000).acquire() == 2_000
+
+
+def test_a_holder_whose_lease_was_deleted_takes_it_again() -> None:
+    store = MemoryStore()
+    clock = [1_000]
+    held = Lease(store, KEY, holder="a", label="node a", now_s=lambda: clock[0])
+    held.acquire()
+    store.delete([KEY])
+    clock[0] = 2_000
+    held.renew()
+    assert held.token() == 2_000
+    held.renew()
+
+
+def test_one_who_takes_a_deleted_lease_first_is_its_holder() -> None:
+    store = MemoryStore()
+    first = lease(store, "a")
+    first.acquire()
+    store.delete([KEY])
+    lease(store, "b").acquire()
+    with pytest.raises(LeaseLost, match="node b"):
+        first.renew()
+
+
+def test_a_try_to_take_it_that_arrives_late_is_no_loss() -> None:
+    store = MemoryStore()
+    first = lease(store, "a")
+    first.acquire()
+
+    def late(operation: str, key: str) -> None:
+        """Just before the put, one of the same holder that was given up for lost arrives."""
+        if operation == "put":
+            store.before = lambda operation, key: None
+            lease(store, "a").acquire()
+
+    store.before = late
+    assert lease(store, "a").resume() == 3
 
 
 def test_a_released_lease_is_taken_at_once() -> None:

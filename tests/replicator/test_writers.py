@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from replicator import origin
 from replicator.errors import LeaseLost
 from replicator.layout import SEGMENTS, TIMELINES
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions, restore
+from replicator.restore import restore
 from replicator.restored import mark_restored
 from replicator.service import Replicator
 from replicator.spool import Spool
@@ -78,7 +79,7 @@ def test_a_timeline_that_is_in_use_is_not_begun_again(tmp_path: Path) -> None:
     assert timelines(store) == [1]
 
 
-def test_what_a_writer_with_an_old_lease_begins_late_is_never_the_newest(tmp_path: Path) -> None:
+def test_a_writer_with_an_old_lease_begins_no_timeline_any_more(tmp_path: Path) -> None:
     a, store = Ledger(tmp_path / "a"), MemoryStore()
     a.add_rows(3)
     a.ship(store, epoch=1)
@@ -92,10 +93,13 @@ def test_what_a_writer_with_an_old_lease_begins_late_is_never_the_newest(tmp_pat
     spool = Spool(a.state)
     spool.begin_fork()  # whatever makes it take a new timeline
     spool.close()
-    a.ship(store, epoch=1)
-    assert timelines(store) == [1, 2, 3]
+    late = a.replicate(store, lambda: 1)
+    try:
+        wait_for(lambda: "another has taken over" in late.status()[0].reason)
+    finally:
+        late.stop()
+    assert timelines(store) == [1, 2]
     assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
-    assert len(rows_of(store, tmp_path / "tail.db", timeline=3)) == 7
 
 
 def test_a_restored_position_that_the_window_has_left_behind_is_no_place_to_fork_from(tmp_path: Path) -> None:
@@ -113,13 +117,16 @@ def test_a_restored_position_that_the_window_has_left_behind_is_no_place_to_fork
     assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
 
 
-def rows_of(store: MemoryStore, target: Path, timeline: int) -> list[int]:
-    restore(store, target, RestoreOptions(timeline=timeline))
-    connection = apsw.Connection(str(target))
-    try:
-        return [int(row[0]) for row in connection.execute("SELECT id FROM ledger ORDER BY id")]
-    finally:
-        connection.close()
+def test_what_is_written_without_a_lease_after_one_with_it_is_the_newest(tmp_path: Path) -> None:
+    a, store = Ledger(tmp_path / "a"), MemoryStore()
+    a.add_rows(3)
+    a.ship(store, epoch=7)
+    (tmp_path / "b").mkdir()
+    restore(store, tmp_path / "b" / "app.db")
+    b = Ledger(tmp_path / "b")
+    b.add_rows(2)
+    b.ship(store)
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_without_the_lease_no_timeline_is_begun_and_the_status_says_so(tmp_path: Path) -> None:
@@ -192,3 +199,48 @@ def test_the_record_of_a_timeline_is_proven_with_few_requests(tmp_path: Path) ->
     ledger.ship(store)
     lists = [key for operation, key in asked if operation == "list"]
     assert sorted(lists) == [SEGMENTS, TIMELINES]
+
+
+def test_increments_wait_until_the_snapshot_that_they_follow_has_arrived(tmp_path: Path) -> None:
+    """Else a host that is lost meanwhile leaves a timeline that hides the one before and restores nothing."""
+    hold = threading.Event()
+    arrived: list[str] = []
+
+    def before(operation: str, key: str) -> None:
+        if operation == "put" and "/9/" in key:
+            assert hold.wait(20)
+
+    store = MemoryStore(before=before, after=lambda operation, key: arrived.append(key))
+    ledger = Ledger(tmp_path / "a")
+    ledger.add_rows(1)
+    replicator = ledger.replicate(store)
+    try:
+        wait_for(lambda: replicator.status()[0].waiting_segments == 1)
+        for count in (2, 3):
+            ledger.add_rows(1)
+            wait_for(lambda count=count: replicator.status()[0].waiting_segments == count)
+        assert not [key for key in arrived if key.endswith(".seg")]
+        hold.set()
+        replicator.sync(ledger.path, 20)
+    finally:
+        hold.set()
+        replicator.stop()
+    assert restored_rows(store, tmp_path) == [1, 2, 3]
+
+
+def test_a_commit_after_a_sync_that_came_between_is_not_left_to_the_sweep(tmp_path: Path) -> None:
+    path, store = tmp_path / "app.db", MemoryStore()
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE t (n)")
+    replicator = Replicator(sweep_s=3600)
+    replicator.start()
+    try:
+        replicator.add(path, store, state=tmp_path / "state")
+        for round_ in range(5):
+            for n in (1, 2):
+                connection.execute("INSERT INTO t VALUES (?)", (n,))
+            before = replicator.sync(path, 20)
+            connection.execute("INSERT INTO t VALUES (3)")
+            wait_for(lambda before=before: replicator.status()[0].durable > before, 5, f"the commit of round {round_}")
+    finally:
+        replicator.stop()
