@@ -68,7 +68,7 @@ def _config_of(database: Path, url: str | None) -> Config:
     from replicator.age import IDENTITY_VARIABLE
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
 
-    if IDENTITY_VARIABLE in os.environ:
+    if os.environ.get(IDENTITY_VARIABLE):
         raise UsageError(
             f"{IDENTITY_VARIABLE} is set, which only opens replicas; to encrypt one, name its recipients in a configuration (key `age`)"
         )

@@ -48,7 +48,7 @@ def sealed(store: ObjectStore, *, recipients: Sequence[str] = (), identities: Se
     are none, or that cannot open what they write. What is stored already must be encrypted too: a read raises NotEncrypted
     otherwise, IdentityMissing when it is encrypted to others, SealDamaged when it was altered.
     """
-    return SealedStore(store, Keys.parse(recipients, identities), _KnownKeys(KNOWN_KEYS))
+    return SealedStore(store, Keys.parse(recipients, identities), KnownKeys(KNOWN_KEYS))
 
 
 def bare(store: ObjectStore) -> ObjectStore:
@@ -56,7 +56,7 @@ def bare(store: ObjectStore) -> ObjectStore:
     return store.bare if isinstance(store, SealedStore) else store
 
 
-class _KnownKeys:
+class KnownKeys:
     """Object keys by the place of the object, those that were used last."""
 
     def __init__(self, limit: int) -> None:
@@ -88,7 +88,7 @@ class SealedStore:
     A large file is sealed into a nameless one beside it, which needs as much room while it is put.
     """
 
-    def __init__(self, inner: ObjectStore, keys: Keys, known: _KnownKeys) -> None:
+    def __init__(self, inner: ObjectStore, keys: Keys, known: KnownKeys) -> None:
         self.bare = inner
         self._keys = keys
         self._known = known
