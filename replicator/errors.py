@@ -73,12 +73,12 @@ class SegmentVersionUnknown(FormatError):
     """The segment was written by a newer release than this one can read."""
 
 
-class SealDamaged(FormatError, StoreError):
-    """An encrypted object is truncated or altered, or is stored under the name of another one."""
+class SealDamaged(SegmentDamaged, StoreError):
+    """An encrypted object, most often a segment, is truncated or altered, or is stored under the name of another one."""
 
 
-class SealVersionUnknown(FormatError, StoreError):
-    """An encrypted object was written by a newer release than this one can read."""
+class SealVersionUnknown(SegmentVersionUnknown, StoreError):
+    """It was written by a newer release than this one can read."""
 
 
 class LtxDamaged(FormatError):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ from replicator.store.memory import MemoryStore
 from replicator.values import Position
 from replicator.worker import DatabaseStatus, Protection
 
+ROOT = Path(__file__).parents[2]
 MARKS = (b"unmistakable_table", b"unmistakable row", b"unmistakable-host")
 
 
@@ -163,6 +167,20 @@ def test_an_altered_segment_is_gone_around_where_others_lead_to_the_same_state(t
         restore(reader, tmp_path / "other.db", RestoreOptions(position=Position(1, 2)))
 
 
+def test_a_moment_is_found_although_a_segment_that_is_not_the_answer_was_altered(tmp_path: Path) -> None:
+    pair = pyrage.x25519.Identity.generate()
+    inner = MemoryStore()
+    source = SourceDatabase(tmp_path / "source.db")
+    replica = ReplicaBuilder(sealed(inner, recipients=[str(pair.to_public())], identities=[str(pair)]))
+    replica.timeline(1)
+    replica.snapshot(Position(1, 1), source.commit("CREATE TABLE t(id INTEGER PRIMARY KEY, v)"))
+    refs = [replica.commit(Position(1, txid), source.insert(txid, txid, 10)) for txid in (2, 3, 4)]
+    source.close()
+    inner.put(refs[1].key, inner.get(refs[1].key)[:-1])
+    found = Replica(sealed(inner, identities=[str(pair)])).position_at(replica.time_of(Position(1, 1)))
+    assert found[0] == Position(1, 1)
+
+
 def test_a_segment_whose_answer_was_lost_is_known_again_although_its_bytes_differ(place: Place) -> None:
     inner = MemoryStore()
     ship(place.database, place.sealed(inner))
@@ -277,6 +295,18 @@ def test_keys_at_the_top_of_the_file_are_for_all_replicas(place: Place) -> None:
         f"dbs:\n- path: {place.database}\n  replica: {{url: '{place.url}'}}\n"
     )
     ship(place.database, load(file, environment={"KEY": place.identity}).databases[0].replica.open())
+    assert all(body.startswith(b"\x89SEAL") for body in place.stored().values())
+
+
+def test_the_daemon_encrypts_by_its_configuration_and_never_shows_the_identity(place: Place) -> None:
+    config = place.config(f"{{recipients: [{place.recipient}], identities: [{place.identity}]}}")
+    command = [sys.executable, "-m", "replicator", "replicate", "--once", "--config", str(config.file)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "everything is in the store, up to 1:1" in done.stderr
+    assert place.identity not in done.stdout + done.stderr
+    assert len(place.stored()) == 2
     assert all(body.startswith(b"\x89SEAL") for body in place.stored().values())
 
 

@@ -29,7 +29,7 @@ KEYS = {"recipients": [str(IDENTITY.to_public())], "identities": [str(IDENTITY)]
 
 SEALED = "sealed-"
 KINDS = [
-    *("memory", "file", "moto", "sealed-memory", "sealed-file", "sealed-moto"),
+    *("memory", "file", "moto", "sealed-file"),
     *(pytest.param(kind, marks=pytest.mark.real) for kind in ("seaweed", "sealed-seaweed")),
 ]
 
@@ -78,7 +78,7 @@ def large_judge(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Obje
     yield from opened(request, tmp_path)
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind not in ("moto", "sealed-moto")])
+@pytest.fixture(params=[kind for kind in KINDS if kind != "moto"])
 def judge(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     """A store that judges concurrent writes one by one. Moto checks a condition and writes in two steps, so it cannot."""
     yield from opened(request, tmp_path)
