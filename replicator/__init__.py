@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from replicator.errors import DatabaseMissing as DatabaseMissing
     from replicator.errors import DatabaseNotReplicable as DatabaseNotReplicable
     from replicator.errors import FormatError as FormatError
+    from replicator.errors import IdentityMissing as IdentityMissing
     from replicator.errors import IntegrityCheckFailed as IntegrityCheckFailed
     from replicator.errors import LeaseHeld as LeaseHeld
     from replicator.errors import LeaseLost as LeaseLost
+    from replicator.errors import NotEncrypted as NotEncrypted
     from replicator.errors import NothingToRestore as NothingToRestore
     from replicator.errors import ObjectMissing as ObjectMissing
     from replicator.errors import PastIsReadOnly as PastIsReadOnly
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from replicator.errors import QueryFailed as QueryFailed
     from replicator.errors import ReplicatorError as ReplicatorError
     from replicator.errors import RestoreError as RestoreError
+    from replicator.errors import SealDamaged as SealDamaged
     from replicator.errors import StateMismatch as StateMismatch
     from replicator.errors import StoreDenied as StoreDenied
     from replicator.errors import StoreError as StoreError
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from replicator.store import ObjectStore as ObjectStore
     from replicator.store import open_store as open_store
     from replicator.store.measure import Meter as Meter
+    from replicator.store.seal import sealed as sealed
     from replicator.upkeep import UpkeepSettings as UpkeepSettings
     from replicator.values import Position as Position
     from replicator.values import Timeline as Timeline
@@ -80,8 +84,9 @@ _HOMES = {
     "diff": "Difference RowChange SchemaChange",
     "errors": (
         "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
-        "DatabaseNotReplicable FormatError IntegrityCheckFailed LeaseHeld LeaseLost NothingToRestore "
-        "ObjectMissing PastIsReadOnly PreconditionFailed QueryFailed ReplicatorError RestoreError StateMismatch StoreDenied StoreError "
+        "DatabaseNotReplicable FormatError IdentityMissing IntegrityCheckFailed LeaseHeld LeaseLost NotEncrypted NothingToRestore "
+        "ObjectMissing PastIsReadOnly PreconditionFailed QueryFailed ReplicatorError RestoreError SealDamaged StateMismatch "
+        "StoreDenied StoreError "
         "StoreUnavailable SyncTimeout TargetExists UsageError"
     ),
     "lease": "Lease LeaseRecord",
@@ -92,6 +97,7 @@ _HOMES = {
     "service": "NotDurable Replicator default_state",
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
+    "store.seal": "sealed",
     "upkeep": "UpkeepSettings",
     "values": "Position Timeline printable",
     "watch": "Folder",

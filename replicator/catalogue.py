@@ -10,10 +10,12 @@ import contextlib
 import logging
 import re
 import stat
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from replicator.envelope import refuse_sealed
 from replicator.errors import FormatError, ObjectMissing, PreconditionFailed
 from replicator.store import ObjectStore
 
@@ -68,6 +70,16 @@ def entry_of(folder: Path, path: Path) -> Entry:
     return Entry(str(path.relative_to(folder)), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
 
 
+def check_encryption(store: ObjectStore) -> None:
+    """Before the first entry is written: those that are there are encrypted if the store encrypts, and readable if it does not.
+
+    Raises IdentityMissing, NotEncrypted and other StoreErrors.
+    """
+    for info in islice(store.list(ENTRIES), 1):
+        with contextlib.suppress(ObjectMissing):
+            _content(store, info.key)
+
+
 def renew(store: ObjectStore, entry: Entry) -> None:
     """Make the store hold it, if that holds something else under its key, or nothing.
 
@@ -75,10 +87,16 @@ def renew(store: ObjectStore, entry: Entry) -> None:
     """
     key, body = _key(Path(entry.name)), msgspec.json.encode(entry)
     try:
-        if store.get(key) != body:
+        if _content(store, key) != body:
             store.put(key, body, if_match=store.head(key).etag)
     except ObjectMissing:
         store.put(key, body, if_none_match=True)
+
+
+def _content(store: ObjectStore, key: str) -> bytes:
+    content = store.get(key)
+    refuse_sealed(content, f"{store.url}/{key}")
+    return content
 
 
 def _key(name: Path | PurePosixPath) -> str:
@@ -95,7 +113,7 @@ def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
     for info in store.list(ENTRIES):
         name = decode(info.key.removeprefix(ENTRIES))
         try:
-            entry = msgspec.json.decode(store.get(info.key), type=Entry)
+            entry = msgspec.json.decode(_content(store, info.key), type=Entry)
         except msgspec.MsgspecError as error:
             raise FormatError(f"{store.url}/{info.key} is not the entry of a database: {error}") from error
         found[name] = entry

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import yaml
 
+from replicator.age import check_identity, check_recipient, read_identities
 from replicator.capture import CaptureSettings
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, STORE_KEYS, TOP_KEYS, Key
 from replicator.errors import ConfigError, UsageError
 from replicator.store import ObjectStore, open_store
+from replicator.store.seal import sealed
 from replicator.upkeep import MAX_LEVELS, UpkeepSettings
 from replicator.values import parse_duration
 from replicator.watch import Folder
@@ -58,31 +60,54 @@ SHIPPING_PATIENCE_S = 8.0
 
 
 @dataclass(frozen=True)
+class AgeConfig:
+    """To whom a replica is encrypted, and what opens it."""
+
+    recipients: tuple[str, ...]
+    identities: tuple[str, ...] = field(default=(), repr=False)
+    identity_file: Path | None = None
+
+    def seal(self, store: ObjectStore, more_identities: Sequence[str]) -> ObjectStore:
+        """Raises UsageError when the keys do not belong together, or the file cannot be read."""
+        in_file = read_identities(self.identity_file) if self.identity_file else ()
+        identities = (*self.identities, *in_file, *more_identities)
+        return sealed(store, recipients=self.recipients, identities=identities)
+
+
+@dataclass(frozen=True)
 class ReplicaConfig:
-    """Where a replica is. origin: ``file:line`` of it, '' when it was given on the command line."""
+    """Where a replica is. origin: ``file:line`` of it, '' when it was given on the command line. age: None for no encryption."""
 
     url: str
     access_key: str | None = field(default=None, repr=False)
     secret_key: str | None = field(default=None, repr=False)
     origin: str = ""
+    age: AgeConfig | None = None
 
-    def open(self, stop: threading.Event | None = None) -> ObjectStore:
-        """Raises ConfigError with the line, or UsageError, for a URL that has no meaning. Sends nothing.
+    def open(self, stop: threading.Event | None = None, identities: Sequence[str] = ()) -> ObjectStore:
+        """Raises ConfigError with the line, or UsageError, for a URL or keys that have no meaning. Sends nothing.
 
         stop: given by a daemon, which ships again and again anyway: a request of its store gives up soon, so that status says why.
+        identities: of age, that open it too; without ``age`` it can then only be read.
         """
         try:
-            return open_store(
-                self.url,
-                access_key=self.access_key,
-                secret_key=self.secret_key,
-                retry_budget_s=SHIPPING_PATIENCE_S if stop else PATIENCE_S,
-                stop=stop,
-            )
+            store = self._open_bare(stop)
+            if self.age is not None:
+                return self.age.seal(store, identities)
+            return sealed(store, identities=identities) if identities else store
         except UsageError as error:
             if not self.origin:
                 raise
             raise ConfigError(f"{self.origin}: replica: {error}") from error
+
+    def _open_bare(self, stop: threading.Event | None) -> ObjectStore:
+        return open_store(
+            self.url,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            retry_budget_s=SHIPPING_PATIENCE_S if stop else PATIENCE_S,
+            stop=stop,
+        )
 
 
 @dataclass(frozen=True)
@@ -499,7 +524,29 @@ class _Builder:
         if bool(access_key) != bool(secret_key):
             missing = "secret-access-key" if access_key else "access-key-id"
             raise self._reader.wrong(replica.line, f"{where}.{missing}", "is missing; the two keys belong together")
-        return ReplicaConfig(url, access_key or None, secret_key or None, self._reader.origin(replica.line))
+        age = self._age(values["age"], f"{where}.age") if "age" in values else None
+        return ReplicaConfig(url, access_key or None, secret_key or None, self._reader.origin(replica.line), age)
+
+    def _age(self, section: _Value, where: str) -> AgeConfig:
+        values: _Section = section.value
+        for name, check in (("recipients", check_recipient), ("identities", check_identity)):
+            for number, text in enumerate(_get(values, name, [])):
+                try:
+                    check(text)
+                except UsageError as error:
+                    raise self._reader.wrong(values[name].line, f"{where}.{name}[{number}]", str(error)) from None
+        age = AgeConfig(
+            tuple(_get(values, "recipients", ())),
+            tuple(_get(values, "identities", ())),
+            _get(values, "identity-file", None),
+        )
+        if not age.recipients or not (age.identities or age.identity_file):
+            raise self._reader.wrong(
+                section.line,
+                where,
+                "needs recipients, and identities or an identity-file; without age nothing is encrypted",
+            )
+        return age
 
     def _url(self, replica: _Value, values: _Section, where: str) -> str:
         own: _Section = replica.value

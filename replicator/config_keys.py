@@ -45,7 +45,6 @@ _NO_VALIDATION = "a restore verifies every checksum; verifying at intervals is n
 _OTHER_STORE = "belongs to a kind of store that is not built yet; replicas go to s3 or file"
 _S3_CLIENT = "the S3 client decides this by itself"
 _NO_SERVER = "not built yet: nothing listens there"
-_ENCRYPTION = "encryption is not built yet; without it your data would be stored readable, so remove the key only if that is right"
 _CUSTOMER_KEYS = (
     "encryption with your own key in the bucket is not built yet; set the bucket's default encryption instead"
 )
@@ -64,6 +63,20 @@ _SNAPSHOT = Key(
     ),
 )
 
+AGE_KEYS: tuple[Key, ...] = (
+    Key(
+        "recipients",
+        "texts",
+        "`age1…`: what is written from now on can be opened by the identity of each of them; at most 6",
+    ),
+    Key(
+        "identities",
+        "texts",
+        "`AGE-SECRET-KEY-1…`: open what is stored; one of them at least belongs to a recipient, since what is written is read back too",
+    ),
+    Key("identity-file", "path", "file with identities, one a line, as age-keygen writes it; ours, not Litestream's"),
+)
+
 STORE_KEYS: tuple[Key, ...] = (
     Key(
         "access-key-id",
@@ -80,6 +93,7 @@ STORE_KEYS: tuple[Key, ...] = (
         "duration",
         "under an endless stream of commits one segment leaves in this time; a single commit leaves at once. Default 1s",
     ),
+    Key("age", "section", "encryption of all that is stored; its keys are below", section=AGE_KEYS),
     *_unused("duration", _NO_VALIDATION, "validation-interval"),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-ltx-files"),
     *_unused("flag", "local state that is damaged is always set aside, and a new timeline begins", "auto-recover"),
@@ -110,7 +124,6 @@ STORE_KEYS: tuple[Key, ...] = (
     *_unused("texts", _OTHER_STORE, "root-cas"),
     *_unused("count", _OTHER_STORE, "max-reconnects"),
     *_unused("duration", _OTHER_STORE, "reconnect-wait", "timeout"),
-    Key("age", "section", refused=_ENCRYPTION, section=(Key("identities", "texts"), Key("recipients", "texts"))),
 )
 """Of a replica, and at the top of the file for all replicas."""
 
@@ -246,6 +259,7 @@ def reference() -> str:
         ("In `retention`", retention.section),
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
+        ("In `age`", AGE_KEYS),
     )
     return "\n\n".join(f"### {title}\n\n{_table(keys)}" for title, keys in tables) + "\n"
 

@@ -32,6 +32,7 @@ from replicator.restore import RestoreOptions, restore
 from replicator.restored import mark_restored
 from replicator.service import Replicator, default_state
 from replicator.store import ObjectStore
+from replicator.store.seal import bare
 from replicator.values import Position, format_time, printable
 from replicator.worker import DatabaseStatus, Protection
 
@@ -338,7 +339,7 @@ def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
     if chosen.besides:
         log.warning("%s: %s", entry.path, chosen.besides)
     if chosen.is_litestream:
-        found = restore_litestream(store, entry.path, RestoreOptions())
+        found = restore_litestream(bare(store), entry.path, RestoreOptions())
         reached = format_time(found.reached_ms)
         log.info("%s was not there; restored from Litestream's replica to %s, %s", entry.path, found.position, reached)
         return

@@ -50,6 +50,14 @@ class PreconditionFailed(StoreError):
     """A conditional write lost: the object exists already (if_none_match), or has changed (if_match)."""
 
 
+class IdentityMissing(StoreError):
+    """An object is encrypted, and none of the identities at hand opens it."""
+
+
+class NotEncrypted(StoreError):
+    """An object is readable by anybody where everything is to be encrypted."""
+
+
 # -- bytes that are not what they should be ----------------------------------------------------------------------------
 
 
@@ -63,6 +71,14 @@ class SegmentDamaged(FormatError):
 
 class SegmentVersionUnknown(FormatError):
     """The segment was written by a newer release than this one can read."""
+
+
+class SealDamaged(SegmentDamaged, StoreError):
+    """An encrypted object, most often a segment, is truncated or altered, or is stored under the name of another one."""
+
+
+class SealVersionUnknown(SegmentVersionUnknown, StoreError):
+    """It was written by a newer release than this one can read."""
 
 
 class LtxDamaged(FormatError):

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from replicator import chain, layout
+from replicator.envelope import refuse_sealed
 from replicator.errors import (
     FormatError,
     NothingToRestore,
@@ -226,7 +227,9 @@ class Replica:
     def _read_timeline(self, number: int) -> Timeline | None:
         key = layout.timeline_key(number)
         try:
-            timeline = decode_timeline(self.store.get(key))
+            body = self.store.get(key)
+            refuse_sealed(body, f"{self.store.url}/{key}")
+            timeline = decode_timeline(body)
         except ObjectMissing:
             return None  # deleted since it was listed
         except FormatError as error:

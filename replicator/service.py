@@ -66,13 +66,14 @@ class NotDurable:
 
 @dataclass
 class _Watched:
-    """A folder under replication. state: None for beside each database."""
+    """A folder under replication. state: None for beside each database. checked: that its entries are as ours will be."""
 
     folder: Folder
     store: ObjectStore
     state: Path | None
     settings: WorkerSettings
     finder: Finder
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -480,8 +481,7 @@ class Replicator:
     def _adopt(self, watched: _Watched, path: Path) -> None:
         if path in self._databases:
             return
-        folder = watched.folder.path
-        name = path.relative_to(folder)
+        name = path.relative_to(watched.folder.path)
         replica = catalogue.replica_of(watched.store, name)
         state = watched.state / catalogue.encode(name) if watched.state else None
         try:
@@ -491,7 +491,7 @@ class Replicator:
                 state,
                 watched.settings,
                 found_in=watched,
-                register=lambda: catalogue.register(watched.store, folder, path),
+                register=lambda: _register(watched, path),
             )
         except (ReplicatorError, OSError) as error:
             self._refuse(watched, path, f"{path} is not replicated yet: {error}")
@@ -500,6 +500,13 @@ class Replicator:
                 self._refused.pop(path, None)
             if is_new:
                 log.info("found %s", path)
+
+
+def _register(watched: _Watched, path: Path) -> None:
+    if not watched.checked:
+        catalogue.check_encryption(watched.store)
+        watched.checked = True
+    catalogue.register(watched.store, watched.folder.path, path)
 
 
 def _gone_with_a_tail(watched: _Watched) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from replicator import chain, failpoints
+from replicator.envelope import refuse_sealed
 from replicator.errors import (
     ChainBroken,
     FormatError,
@@ -20,6 +21,7 @@ from replicator.errors import (
     ObjectMissing,
     PreconditionFailed,
     ReplicatorError,
+    SealDamaged,
     StoreError,
 )
 from replicator.layout import SegmentRef, timeline_key
@@ -197,8 +199,11 @@ class Shipper:
             self._proven, self._proven_at = timeline.number, at
 
     def _prove_record(self, timeline: Timeline) -> None:
+        key = timeline_key(timeline.number)
         try:
-            record = decode_timeline(self._store.get(timeline_key(timeline.number)))
+            body = self._store.get(key)
+            refuse_sealed(body, f"{self._store.url}/{key}")
+            record = decode_timeline(body)
         except ObjectMissing:
             raise Diverged(
                 f"{self._store.url} has no timeline {timeline.number}; was it emptied, or is it another one?"
@@ -231,6 +236,12 @@ class Shipper:
                 ) from None
 
     def _is_the_same(self, ref: SegmentRef, path: Path) -> bool:
+        try:
+            return self._has_content_of(ref, path)
+        except SealDamaged:
+            return False
+
+    def _has_content_of(self, ref: SegmentRef, path: Path) -> bool:
         if self._store.head(ref.key).size_bytes != path.stat().st_size:
             return False
         with path.open("rb") as file:

@@ -342,8 +342,9 @@ class DatabaseWorker:
         """False when another timeline has begun meanwhile."""
 
         def left_behind() -> bool:
+            # At another place the number of a timeline may be the same; on one timeline the position never goes back.
             captured = self._capture.position
-            return captured is not None and captured.timeline != target.timeline
+            return captured is not None and (captured.timeline != target.timeline or captured < target)
 
         def done() -> bool:
             durable = self._durable()

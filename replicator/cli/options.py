@@ -55,6 +55,15 @@ def config_option(command: _Command) -> _Command:
     )(command)
 
 
+def identity_option(command: _Command) -> _Command:
+    return click.option(
+        "--identity",
+        "identity_file",
+        type=FILE,
+        help="File with the age identity that opens an encrypted replica. Without it: REPLICATOR_AGE_IDENTITY, the configuration.",
+    )(command)
+
+
 def socket_option(command: _Command) -> _Command:
     return click.option(
         "--socket",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from replicator.cli.options import config_option, json_option, parse_txid, parsed
-from replicator.cli.places import explained, find_config, replica_of
+from replicator.cli.options import config_option, identity_option, json_option, parse_txid, parsed
+from replicator.cli.places import explained, find_config, identities_of, replica_of
 from replicator.cli.words import table, tell
 from replicator.errors import UsageError
 from replicator.values import Position, format_time, parse_time
@@ -63,6 +63,7 @@ _PLACE = parsed(_parse_place)
 @click.option("--timeline", type=int, metavar="N", help="Of this timeline instead of the newest; see `history`.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="At most so many rows of each statement.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, with a head for each statement.")
+@identity_option
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what was fetched.")
 @json_option
 def query(
@@ -75,6 +76,7 @@ def query(
     timeline: int | None,
     limit: int | None,
     as_csv: bool,
+    identity_file: Path | None,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -86,7 +88,11 @@ def query(
     if as_csv and as_json:
         raise UsageError("--csv and --json exclude each other")
     options = _options(position_or_txid=txid, at_ms=as_of, timeline=timeline)
-    with _opened(source, find_config(config_file, no_expand_env, required="://" not in source), options) as past:
+    config, identities = (
+        find_config(config_file, no_expand_env, required="://" not in source),
+        identities_of(identity_file),
+    )
+    with _opened(source, config, identities, options) as past:
         _say_where(past)
         try:
             _print_results(past, sql, limit, "csv" if as_csv else "json" if as_json else "table")
@@ -110,6 +116,7 @@ def query(
 @click.option("--timeline", type=int, metavar="N", help="Of this timeline instead of the newest; see `history`.")
 @click.option("--table", metavar="NAME", help="Only this table.")
 @click.option("--rows", is_flag=True, help="Print every row that differs as a line of JSON, before and after.")
+@identity_option
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what was fetched.")
 @json_option
 def diff(
@@ -121,6 +128,7 @@ def diff(
     timeline: int | None,
     table: str | None,
     rows: bool,
+    identity_file: Path | None,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -133,10 +141,13 @@ def diff(
 
     if rows and as_json:
         raise UsageError("--rows prints lines of JSON by itself; leave out --json")
-    config = find_config(config_file, no_expand_env, required="://" not in source)
+    config, identities = (
+        find_config(config_file, no_expand_env, required="://" not in source),
+        identities_of(identity_file),
+    )
     with (
-        _opened(source, config, _place_options(start, timeline)) as before,
-        _opened(source, config, _place_options(end, timeline)) as after,
+        _opened(source, config, identities, _place_options(start, timeline)) as before,
+        _opened(source, config, identities, _place_options(end, timeline)) as after,
         Difference(before, after) as difference,
     ):
         if rows:
@@ -171,10 +182,10 @@ def _place_options(place: Position | int | tuple[int] | None, timeline: int | No
     return _options(position_or_txid=place, at_ms=None, timeline=None if isinstance(place, Position) else timeline)
 
 
-def _opened(source: str, config: Config | None, options: RestoreOptions) -> Past:
+def _opened(source: str, config: Config | None, identities: tuple[str, ...], options: RestoreOptions) -> Past:
     from replicator.past import open_past
 
-    store, _ = replica_of(source, config)
+    store, _ = replica_of(source, config, identities)
     with explained(store, nothing_is_fine=False):
         return open_past(store, options)
 

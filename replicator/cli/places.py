@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,13 +41,14 @@ def need_config(file: Path | None, no_expand_env: bool) -> Config:
     return config
 
 
-def replica_of(source: str, config: Config | None) -> tuple[ObjectStore, DatabaseConfig | None]:
-    """The replica that a URL, or the path of a configured database, names."""
-    from replicator.store import open_store
+def replica_of(
+    source: str, config: Config | None, identities: Sequence[str] = ()
+) -> tuple[ObjectStore, DatabaseConfig | None]:
+    """The replica that a URL, or the path of a configured database, names. identities: of age, that open it."""
+    from replicator.config import ReplicaConfig
 
     if "://" in source:
-        configured = configured_at(source, config)
-        return configured.open() if configured else open_store(source), None
+        return (configured_at(source, config) or ReplicaConfig(source)).open(identities=identities), None
     assert config is not None
     path = Path(source).absolute()
     found = config.find(path)
@@ -55,7 +56,7 @@ def replica_of(source: str, config: Config | None) -> tuple[ObjectStore, Databas
         raise UsageError(
             f"{source} is not in {config.file}; give the URL of its replica, or a path that `databases` lists"
         )
-    return store_of(found, path), found
+    return store_of(found, path, identities), found
 
 
 def configured_at(source: str, config: Config | None) -> ReplicaConfig | None:
@@ -71,11 +72,18 @@ def configured_at(source: str, config: Config | None) -> ReplicaConfig | None:
     return None
 
 
-def store_of(entry: DatabaseConfig, path: Path) -> ObjectStore:
+def store_of(entry: DatabaseConfig, path: Path, identities: Sequence[str] = ()) -> ObjectStore:
     from replicator import catalogue
 
-    store = entry.replica.open()
+    store = entry.replica.open(identities=identities)
     return store if entry.folder is None else catalogue.replica_of(store, name_in(entry, path))
+
+
+def identities_of(identity_file: Path | None) -> tuple[str, ...]:
+    """Of age: those of ``--identity``, or of the environment."""
+    from replicator.age import given_identities
+
+    return given_identities(identity_file)
 
 
 def socket_of(config_file: Path | None, no_expand_env: bool, named: Path | None) -> Path:

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from replicator.cli.options import MOMENT, config_option, json_option, socket_option
-from replicator.cli.places import explained, find_config, need_config, replica_of, socket_of, store_of
+from replicator.cli.options import MOMENT, config_option, identity_option, json_option, socket_option
+from replicator.cli.places import (
+    explained,
+    find_config,
+    identities_of,
+    need_config,
+    replica_of,
+    socket_of,
+    store_of,
+)
 from replicator.cli.words import table, tell
-from replicator.errors import ConfigError, DaemonNotRunning, NothingToRestore
+from replicator.errors import ConfigError, DaemonNotRunning, NothingToRestore, UsageError
 
 if TYPE_CHECKING:
     from replicator.config import Config, DatabaseConfig
@@ -21,17 +29,23 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("url", required=False)
 @config_option
+@identity_option
 @socket_option
 @json_option
 def databases(
-    url: str | None, config_file: Path | None, no_expand_env: bool, socket_path: Path | None, as_json: bool
+    url: str | None,
+    config_file: Path | None,
+    no_expand_env: bool,
+    identity_file: Path | None,
+    socket_path: Path | None,
+    as_json: bool,
 ) -> None:
     """List databases: those of a folder's replica at URL, of the configuration, or of the running replicator.
 
     Without URL and --config, the running replicator is asked first.
     """
     if url is not None:
-        rows = _entries(url, find_config(config_file, no_expand_env, required=False))
+        rows = _entries(url, find_config(config_file, no_expand_env, required=False), identities_of(identity_file))
     elif config_file is None and (running := _running(no_expand_env, socket_path)) is not None:
         rows = running
     else:
@@ -52,10 +66,10 @@ def _running(no_expand_env: bool, socket_path: Path | None) -> list[dict[str, An
     return found
 
 
-def _entries(url: str, config: Config | None) -> list[dict[str, Any]]:
+def _entries(url: str, config: Config | None, identities: tuple[str, ...]) -> list[dict[str, Any]]:
     from replicator import catalogue
 
-    store, _ = replica_of(url, config)
+    store, _ = replica_of(url, config, identities)
     entries = catalogue.entries(store)
     if not entries:
         raise _no_folder(store)
@@ -89,8 +103,11 @@ def _members(entry: DatabaseConfig) -> Iterable[tuple[Path, ObjectStore]]:
 @click.command()
 @click.argument("source", metavar="URL|DB")
 @config_option
+@identity_option
 @json_option
-def history(source: str, config_file: Path | None, no_expand_env: bool, as_json: bool) -> None:
+def history(
+    source: str, config_file: Path | None, no_expand_env: bool, identity_file: Path | None, as_json: bool
+) -> None:
     """Show what a replica can restore.
 
     One line for each timeline, that is an unbroken history by one writer: from which it forked and where, its first and last
@@ -99,9 +116,11 @@ def history(source: str, config_file: Path | None, no_expand_env: bool, as_json:
     from replicator import history as replica_history
     from replicator.litestream import history as litestream_history
     from replicator.litestream.choice import is_native_at
+    from replicator.store.seal import bare
 
-    store, _ = replica_of(source, find_config(config_file, no_expand_env, required="://" not in source))
-    others = litestream_history.read(store)
+    config = find_config(config_file, no_expand_env, required="://" not in source)
+    store, _ = replica_of(source, config, identities_of(identity_file))
+    others = litestream_history.read(bare(store))
     timelines: list[dict[str, Any]] = []
     if not others or is_native_at(store):
         with explained(store, nothing_is_fine=False):
@@ -114,6 +133,7 @@ def history(source: str, config_file: Path | None, no_expand_env: bool, as_json:
 @click.argument("source", metavar="URL|DB")
 @click.argument("destination", metavar="TO")
 @config_option
+@identity_option
 @click.option(
     "--format",
     "_kind",
@@ -137,6 +157,7 @@ def export(
     destination: str,
     config_file: Path | None,
     no_expand_env: bool,
+    identity_file: Path | None,
     _kind: str,
     since: int | None,
     parallelism: int,
@@ -145,12 +166,20 @@ def export(
 ) -> None:
     """Write a replica out as one that Litestream 0.5 can restore, at the URL TO.
 
-    Run again, it writes what has been added since. It deletes nothing, and refuses a place where something else is.
+    Run again, it writes what has been added since. It deletes nothing, and refuses a place where something else is. What it writes
+    is not encrypted, since Litestream 0.5 has no encryption.
     """
     from replicator.litestream import command as litestream
+    from replicator.store.seal import bare
 
     config = find_config(config_file, no_expand_env, required="://" not in source)
-    (store, _), (to, _) = replica_of(source, config), replica_of(destination, config)
+    store, _ = replica_of(source, config, identities_of(identity_file))
+    to, _ = replica_of(destination, config)
+    if bare(to) is not to:
+        raise UsageError(
+            f"{config.file if config else destination} says that {to.url} is to be encrypted, and Litestream 0.5 has no encryption; "
+            "export to another place"
+        )
     with explained(store, nothing_is_fine=False):
         document, words = litestream.run_export(store, to, since, parallelism, dry_run=dry_run)
     tell(document, as_json, *words.splitlines())

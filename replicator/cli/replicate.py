@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,13 @@ def replicate(
 
 
 def _config_of(database: Path, url: str | None) -> Config:
+    from replicator.age import IDENTITY_VARIABLE
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
 
+    if os.environ.get(IDENTITY_VARIABLE):
+        raise UsageError(
+            f"{IDENTITY_VARIABLE} is set, which only opens replicas; to encrypt one, name its recipients in a configuration (key `age`)"
+        )
     if url is None:
         raise UsageError(f"where is {database} to be replicated to? give a URL after it")
     return Config(databases=(DatabaseConfig(database.absolute(), ReplicaConfig(url)),))

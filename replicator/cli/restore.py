@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from replicator.cli.options import FILE, MOMENT, TXID, config_option, format_option, json_option, parse_txid
-from replicator.cli.places import explained, find_config, name_in, replica_of, store_of
+from replicator.cli.options import (
+    FILE,
+    MOMENT,
+    TXID,
+    config_option,
+    format_option,
+    identity_option,
+    json_option,
+    parse_txid,
+)
+from replicator.cli.places import explained, find_config, identities_of, name_in, replica_of, store_of
 from replicator.cli.words import note, tell
 from replicator.errors import UsageError
 from replicator.values import Position, format_size, format_time
@@ -53,6 +62,7 @@ CLOCKS_DIFFER_MS = 60_000
     help="SQLite's own check of the result. Checksums of every page are verified in any case.",
 )
 @click.option("--parallelism", type=click.IntRange(1, 64), default=8, show_default=True, help="Downloads at once.")
+@identity_option
 @format_option
 @click.option("--dry-run", is_flag=True, help="Say what would be restored; write nothing.")
 @json_option
@@ -68,6 +78,7 @@ def restore(
     if_replica_exists: bool,
     integrity_check: str,
     parallelism: int,
+    identity_file: Path | None,
     kind: str | None,
     dry_run: bool,
     as_json: bool,
@@ -87,7 +98,7 @@ def restore(
         integrity_check=integrity_check,  # type: ignore[arg-type]  # click.Choice gives one of the three
     )
     config = find_config(config_file, no_expand_env, required="://" not in source)
-    store, entry = replica_of(source, config)
+    store, entry = replica_of(source, config, identities_of(identity_file))
     if output is None and "://" in source:
         raise UsageError("where is the database to be? give its path with -o")
     target = (output or Path(source)).absolute()

@@ -14,6 +14,7 @@ from replicator.replica import Replica
 from replicator.restore import RestoreOptions
 from replicator.restore import plan_restore as plan_native
 from replicator.store import ObjectStore
+from replicator.store.seal import bare
 from replicator.values import format_time
 
 NATIVE, LITESTREAM = "native", "litestream"
@@ -61,7 +62,7 @@ def choose(
 
 def _later(store: ObjectStore, at_ms: int | None) -> Choice:
     try:
-        other_ms = restore.moment(store, at_ms)
+        other_ms = restore.moment(bare(store), at_ms)
     except FormatError as error:
         raise UsageError(
             f"{store.url} holds a replica of ours and one of Litestream's that cannot be read: {error}; say which with --format"

@@ -17,6 +17,7 @@ from replicator.litestream.export import ExportPlan, ExportReport
 from replicator.litestream.restore import LitestreamPlan, LitestreamReport
 from replicator.restore import OnProgress, RestoreOptions
 from replicator.store import ObjectStore
+from replicator.store.seal import bare
 from replicator.values import format_size, format_time
 
 Said = tuple[dict[str, Any], str]
@@ -45,9 +46,9 @@ def run_restore(
     """progress: None to say only what would be done."""
     options = dataclasses.replace(options, txid=None if txid is None else parse_txid(txid))
     if progress is None:
-        return of_plan(restore.plan_restore(store, options), target)
+        return of_plan(restore.plan_restore(bare(store), options), target)
     with progress() as on_progress:
-        return of_restore(restore.restore(store, target, options, on_progress=on_progress), target)
+        return of_restore(restore.restore(bare(store), target, options, on_progress=on_progress), target)
 
 
 def run_export(source: ObjectStore, to: ObjectStore, from_ms: int | None, parallelism: int, *, dry_run: bool) -> Said:

@@ -1,7 +1,7 @@
 """Object storage: the protocol that the replicator and the platform need, and ``open_store(url)``.
 
 Owns the interface and the rule for keys. Adapters: ``s3`` (the only importer of boto3), ``file``, ``memory``; wrappers of
-the same protocol: ``retry``, ``measure``. Keys are relative to the store's prefix, use ``/`` and hold only
+the same protocol: ``retry``, ``measure``, ``seal``. Keys are relative to the store's prefix, use ``/`` and hold only
 ``[A-Za-z0-9._=/-]``. No key continues another one after a slash ("a" and "a/b"): not every server can hold both.
 """
 

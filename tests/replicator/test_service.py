@@ -888,6 +888,21 @@ def test_a_file_that_is_no_database_keeps_no_other_of_its_folder_from_being_ship
         connection.close()
 
 
+def test_a_database_that_goes_to_another_place_is_waited_for_there(data: Path, tmp_path: Path) -> None:
+    path, places = data / "app.db", (MemoryStore("before"), MemoryStore("after"))
+    make(path)
+    for number, place in enumerate(places):
+        connection = apsw.Connection(str(path))
+        connection.execute("INSERT INTO ledger(body) VALUES ('more')")
+        replicator = Replicator(sweep_s=3600)
+        replicator.start()
+        replicator.add(path, place)
+        assert replicator.sync(path, 20).timeline == 1
+        replicator.stop(5)
+        connection.close()
+        assert len(restored_rows(place, tmp_path)) == 4 + number
+
+
 def test_a_database_without_a_wal_gets_its_snapshot_when_its_replica_was_emptied(tmp_path: Path) -> None:
     path, store = tmp_path / "app.db", MemoryStore()
     connection = apsw.Connection(str(path))

@@ -1,4 +1,4 @@
-"""What every object store promises, claim by claim, over memory, a folder, moto and a real S3 server."""
+"""What every object store promises, claim by claim, over memory, a folder, moto and a real S3 server, encrypted and not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
+import pyrage
 import pytest
 from moto import mock_aws
 
@@ -20,10 +21,17 @@ from replicator.store.file import FileStore
 from replicator.store.memory import MemoryStore
 from replicator.store.multipart import Multipart
 from replicator.store.s3 import S3Access, S3Store
+from replicator.store.seal import sealed
 
 SMALL_PARTS = Multipart(threshold_bytes=5 << 20, part_bytes=5 << 20, parallel=2, streamed_part_bytes=5 << 20)
+IDENTITY = pyrage.x25519.Identity.generate()
+KEYS = {"recipients": [str(IDENTITY.to_public())], "identities": [str(IDENTITY)]}
 
-KINDS = ["memory", "file", "moto", pytest.param("seaweed", marks=pytest.mark.real)]
+SEALED = "sealed-"
+KINDS = [
+    *("memory", "file", "moto", "sealed-file"),
+    *(pytest.param(kind, marks=pytest.mark.real) for kind in ("seaweed", "sealed-seaweed")),
+]
 
 
 def memory_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
@@ -54,8 +62,9 @@ def seaweed_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ob
 
 
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    make = {"memory": memory_store, "file": file_store, "moto": moto_store, "seaweed": seaweed_store}[request.param]
-    yield from make(tmp_path, request)
+    make = {"memory": memory_store, "file": file_store, "moto": moto_store, "seaweed": seaweed_store}
+    for store in make[request.param.removeprefix(SEALED)](tmp_path, request):
+        yield sealed(store, **KEYS) if request.param.startswith(SEALED) else store
 
 
 @pytest.fixture(params=KINDS)
@@ -63,7 +72,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     yield from opened(request, tmp_path)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "sealed-file"])
 def large_judge(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
     """A store that does so for what S3 gets in parts, too. SeaweedFS checks the condition of the last call in two steps."""
     yield from opened(request, tmp_path)
