@@ -6,7 +6,6 @@ Owns the names of files below the data directory and how they are read and writt
 from __future__ import annotations
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import msgspec
 
 from minipaas.errors import BadRequest, NotFound
 from minipaas.model import check_domain
+from replicator import write_file
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
@@ -191,20 +191,8 @@ def write_credentials(data_dir: Path, credentials: Credentials) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Durably and with mode 0600 from the first byte: temporary name, write, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Durably, as a whole, and with mode 0600 from the first byte. Any number may write the same file at once: the last one counts."""
+    write_file(path, text.encode())
 
 
 def listen_address(text: str, what: str) -> tuple[str, int]:

@@ -19,6 +19,7 @@ import msgspec
 from minipaas.errors import Unavailable
 from minipaas.model import Volume
 from minipaas.settings import Settings, write_private
+from replicator import fsync_dir
 
 _ASIDE = ".aside"
 """No app has such a name."""
@@ -152,8 +153,4 @@ def _read_mark(settings: Settings, volume: Volume) -> Mark | None:
 def _move(source: Path, target: Path) -> None:
     source.rename(target)
     for folder in {source.parent, target.parent}:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_dir(folder)
