@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from minipaas import volumes
 from minipaas.engine import Container
 from minipaas.errors import (
     EdgeError,
@@ -22,7 +23,7 @@ from minipaas.errors import (
     PlatformError,
     VolumeGone,
 )
-from minipaas.model import App
+from minipaas.model import App, Volume
 from minipaas.ops import MachineFailed, MarkFailed, Operation, Overtaken, World
 from minipaas.plan import Seen, Wanted, plan, presumed_route
 from minipaas.workload import LABEL_APP, default_host, runs, workload_of
@@ -294,7 +295,7 @@ class Reconciler:
 
     def _seen(self, wanted: Wanted, containers: Sequence[Container]) -> Seen:
         world, facts = self._world, self._world.facts
-        present = frozenset(volume.id for volume in wanted.volumes if not world.missing(volume))
+        present = frozenset(volume.id for volume in wanted.volumes if self._is_present(volume))
         purge_after_ms = wanted.app.purge_after_ms
         return Seen(
             containers=tuple(each for each in containers if each.labels.get(LABEL_APP) == wanted.app.name),
@@ -307,6 +308,13 @@ class Reconciler:
             resting=frozenset(m.id for m in wanted.machines if facts.wait_before_start(m) > 0),
             purge_due=purge_after_ms is not None and self._now_ms() >= purge_after_ms,
         )
+
+    def _is_present(self, volume: Volume) -> bool:
+        """It is in its directory; what that is now is what the next look compares with."""
+        sight = volumes.look(self._world.settings, volume)
+        if sight.seen is not None:
+            volumes.adopt(self._world.settings, volume, sight.seen)
+        return sight.seen is not None
 
     def _images(self, wanted: Wanted, containers: Sequence[Container]) -> frozenset[str]:
         """Those that the engine has; it is not asked about images of machines that run."""

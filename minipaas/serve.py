@@ -240,7 +240,7 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
         watched = [each for each in state.volumes() if each.state == "created"]
-        watched = [each for each in watched if not volumes.missing(settings, each)]
+        watched = [each for each in watched if not volumes.look(settings, each).missing]
         for volume in watched:
             backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
         count, failures = end_containers(engine)
