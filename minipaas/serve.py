@@ -1,13 +1,11 @@
 """``minipaas serve``: builds all parts, starts them in order and stops them in order. The composition root.
 
-Owns the lock on the data directory and what a stop leaves running: apps, edge and engine go on without this process.
+Owns what a stop leaves running: apps, edge and engine go on without this process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -20,12 +18,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from minipaas import bundle, volumes
+from minipaas.data_directory import data_lock
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
 from minipaas.engine import Engine
 from minipaas.engine.discover import connect
 from minipaas.engine.podman_service import PodmanService
-from minipaas.errors import AlreadyRunning, FleetHeld, NotFound, PlatformError, Unavailable
+from minipaas.errors import FleetHeld, NotFound, PlatformError, Unavailable
 from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
 from minipaas.ops import World
@@ -264,24 +263,6 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
 def _tenure(settings: Settings, wiring: Wiring, leaving: threading.Event) -> Tenure:
     lease = wiring.lease(settings, leaving) if wiring.lease else None
     return Tenure(settings, lease, leaving, wiring.limits.sweep_s)
-
-
-@contextmanager
-def data_lock(settings: Settings) -> Iterator[None]:
-    """Only one process works on a data directory. Raises AlreadyRunning, NotFound."""
-    try:
-        descriptor = os.open(settings.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
-        raise NotFound(f"{settings.data_dir} does not exist; make it a node with: minipaas setup") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise AlreadyRunning(f"another minipaas works on {settings.data_dir}; stop it first") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def now_ms() -> int:

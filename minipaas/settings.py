@@ -20,7 +20,9 @@ from replicator import write_file
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
+LOCK = "serve.lock"
 LOST = "lost"
+RECOVERING = "recovering.json"
 LEASE_TTL_S = 60.0
 EVERY_HOST = frozenset({"0.0.0.0", "::"})
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
@@ -107,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def lock_path(self) -> Path:
-        return self.data_dir / "serve.lock"
+        return self.data_dir / LOCK
 
     @property
     def lost_path(self) -> Path:
@@ -127,11 +129,13 @@ def credentials_path(data_dir: Path) -> Path:
 
 
 def read_settings(data_dir: Path) -> Settings:
-    """Raises NotFound when there is no node.toml, BadRequest when it is wrong."""
+    """Raises NotFound when there is no node.toml, which is written last; BadRequest when it is wrong."""
     path = settings_path(data_dir)
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
+        if (data_dir / RECOVERING).exists():
+            raise NotFound(f"{data_dir} is half recovered; give the same minipaas recover again, it goes on") from None
         raise NotFound(f"{data_dir} is not the data directory of a node; make it one with: minipaas setup") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}") from error
