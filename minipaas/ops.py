@@ -192,7 +192,8 @@ class PurgeVolume:
     """The time after destroy is over: its directory goes. What is in the bucket is left to retention.
 
     It is set aside before the state forgets it, and deleted after, so that an app that is brought back in this very moment has
-    its volume, and a new volume of the same name has nothing of the old one.
+    its volume, and a new volume of the same name has nothing of the old one. What replication kept of it goes before that, since
+    nobody knows its id after; in a volume that comes back it begins anew with a snapshot.
     """
 
     volume: Volume
@@ -208,6 +209,7 @@ class PurgeVolume:
         world.backups.forget_volume(self.volume.id)
         world.facts.set_watched(self.volume.id, False)
         volumes.set_aside(world.settings, self.volume)
+        world.backups.discard_volume(self.volume.id)
         if world.state.purge_volume(self.volume.id):
             volumes.discard(world.settings, self.volume)
         else:

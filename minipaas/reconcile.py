@@ -129,15 +129,24 @@ class Reconciler:
 
     def _step(self) -> Step:
         world = self._world
+        known = (
+            world.facts.subjects()
+        )  # first, since what is learned meanwhile can be of what nobody had asked for by then
         containers = world.engine.containers.list()
         world.facts.set_containers(containers)
         apps = world.state.apps()
+        world.facts.drop(known - self._subjects(apps))
         if not self._seeded:
             self._seed(apps, containers)
         self._refresh_edge()
         begun = [app.name for app in apps if self._begin(app, containers)]
         waits = [world.limits.sweep_s, *(wait for app in apps if (wait := self._next_try(app)) is not None)]
         return Step(f"working on {', '.join(begun)}" if begun else "", max(0.05, min(waits)))
+
+    def _subjects(self, apps: Sequence[App]) -> set[str]:
+        """All that somebody wants, as ``Facts`` calls it."""
+        machines = {machine.id for app in apps for machine in self._world.state.machines(app.name)}
+        return {*machines, *(app.name for app in apps), *(volume.id for volume in self._world.state.volumes())}
 
     def _seed(self, apps: Sequence[App], containers: Sequence[Container]) -> None:
         """Routes for what runs already, before any worker changes one: a restart of minipaas is not noticed by users."""

@@ -97,6 +97,9 @@ class FakeBackups:
     def forget_volume(self, volume_id: str) -> None:
         self.watched.pop(volume_id, None)
 
+    def discard_volume(self, volume_id: str) -> None:
+        assert volume_id not in self.watched
+
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
         self.on_sync()
         if self.unreachable:

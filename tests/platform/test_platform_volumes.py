@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import apsw
 import pytest
 from platform_support import GUESTBOOK, NODE, OWNER, Killed, Live, Stage, until
 
 from minipaas import volumes
+from minipaas.backups import BucketBackups
 from minipaas.errors import Unavailable
 from minipaas.model import Volume
 from minipaas.ops import PurgeVolume
 from minipaas.settings import Settings
 from minipaas.workload import container_name
+from replicator.store.memory import MemoryStore
 
 VOLUME = Volume(id="vol_1", app="guestbook", name="data", node=NODE.id, created_ms=1, state="created")
 
@@ -240,6 +243,33 @@ def test_an_app_that_is_brought_back_while_its_volume_is_deleted_keeps_it(stage:
     stage.want(GUESTBOOK)
     stage.settle()
     assert stage.routed_to() == ["v2"]
+
+
+def test_nothing_of_a_volume_that_is_deleted_stays_on_the_disk(stage: Stage) -> None:
+    stage.want(GUESTBOOK)
+    stage.settle()
+    volume, bucket = stage.state.volumes()[0], MemoryStore()
+    directory = stage.world.directory(volume)
+    backups = BucketBackups(stage.settings, bucket, bucket, lambda: 0)
+    backups.start()
+    backups.watch_volume(volume.id, directory)
+    connection = apsw.Connection(str(directory / "app.db"))
+    connection.execute(
+        "PRAGMA journal_mode=wal; CREATE TABLE entries (text); INSERT INTO entries VALUES ('dear diary')"
+    )
+    backups.sync_volume(volume.id, 10)
+    connection.close()
+    assert places_of(volume.id, stage.directory) != []
+    stage.state.destroy_app("guestbook", 0)
+    stage.now_ms += 1
+    PurgeVolume(volume).apply(replace(stage.world, backups=backups))
+    backups.stop(5)
+    assert (stage.state.volumes(), directory.exists(), places_of(volume.id, stage.directory)) == ([], False, [])
+    assert any(volume.id in each.key for each in bucket.list())
+
+
+def places_of(volume_id: str, directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.name == volume_id]
 
 
 def test_killed_before_the_state_forgets_the_volume_it_comes_back_whole_or_goes_whole(stage: Stage) -> None:
