@@ -181,17 +181,12 @@ class Platform:
         in the background), Unavailable.
         """
         authorise(principal, Action.DEPLOY, name)
-        check_name(name)
-        manifest = self._read_manifest(name, request, on_progress)
         try:
+            check_name(name)
+            manifest = self._read_manifest(name, request, on_progress)
             with self._turn(name, f"a deploy by {principal.name}", on_progress, self._world.limits.turn_wait_s):
                 self._ensure_app(principal, name, on_progress)
-                number = self._state.next_release(name)
-                tag = image_tag(name, number)
-                digest = self._image(request, manifest, tag, number, on_progress)
-                return self._release(
-                    name, number, tag, digest, manifest.to_json(), self._world.limits.deploy_wait_s, on_progress
-                )
+                return self._deploy(name, request, manifest, on_progress)
         finally:
             if request.source.upload:
                 self._parts.uploads.remove(request.source.upload)
@@ -315,38 +310,47 @@ class Platform:
             back = ", with the volumes that were kept" if known is not None else ""
             on_progress(Progress("step", f"{'brought back' if known else 'created'} app {name}{back}"))
 
-    def _image(self, request: DeployRequest, manifest: Manifest, tag: str, number: int, on_progress: OnProgress) -> str:
-        """The image is in the engine and in the bucket; the digest there. Leaves none behind when it fails."""
-        on_progress(Progress("step", "making the image", number))
-        try:
-            self._parts.builder.make(
-                request.source,
-                manifest,
-                request.build_args,
-                tag,
-                lambda line: on_progress(Progress("log", line, number)),
-            )
-            on_progress(Progress("step", "storing the image in the bucket", number))
-            return self._parts.push_image(tag)
-        except StoreError as error:
-            self._drop_image(tag)
-            raise Unavailable(f"the image cannot be stored in the bucket, so nothing was deployed: {error}") from error
-        except BaseException:
-            self._drop_image(tag)
-            raise
-
-    def _release(
-        self, name: str, number: int, tag: str, digest: str, config: str, limit_s: float, on_progress: OnProgress
+    def _deploy(
+        self, name: str, request: DeployRequest, manifest: Manifest, on_progress: OnProgress
     ) -> views.ReleaseView:
-        """Make it desired, and tell what happens until it is live or has failed."""
+        """An image that no release came to have is not left in the engine."""
+        number = self._state.next_release(name)
+        tag = image_tag(name, number)
         with self._parts.hub.listen(name) as lines:
             self._settled(name, lines, on_progress)
-            self._state.add_release(self._new_release(name, number, tag, digest, config))
-            self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
-            release = self._state.release(name, number)
-            self._drop_old_images(name)
-            if release.status == ReleaseStatus.FAILED:
-                raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
+            try:
+                digest = self._image(request, manifest, tag, number, on_progress)
+                self._state.add_release(self._new_release(name, number, tag, digest, manifest.to_json()))
+            except BaseException:
+                self._drop_image(tag)
+                raise
+            return self._outcome(name, number, lines, self._world.limits.deploy_wait_s, on_progress)
+
+    def _image(self, request: DeployRequest, manifest: Manifest, tag: str, number: int, on_progress: OnProgress) -> str:
+        """The image is in the engine and in the bucket; the digest there."""
+        on_progress(Progress("step", "making the image", number))
+        self._parts.builder.make(
+            request.source,
+            manifest,
+            request.build_args,
+            tag,
+            lambda line: on_progress(Progress("log", line, number)),
+        )
+        on_progress(Progress("step", "storing the image in the bucket", number))
+        try:
+            return self._parts.push_image(tag)
+        except StoreError as error:
+            raise Unavailable(f"the image cannot be stored in the bucket, so nothing was deployed: {error}") from error
+
+    def _outcome(
+        self, name: str, number: int, lines: queue.Queue[str], limit_s: float, on_progress: OnProgress
+    ) -> views.ReleaseView:
+        """Tell what happens until it is live or has failed."""
+        self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
+        release = self._state.release(name, number)
+        self._drop_old_images(name)
+        if release.status == ReleaseStatus.FAILED:
+            raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
         return views.release_view(release)
 
     def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
@@ -473,7 +477,10 @@ class Platform:
             if live is None:
                 return SecretsChange(changed)
             number = self._state.next_release(name)
-            self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            with self._parts.hub.listen(name) as lines:
+                self._settled(name, lines, on_progress)
+                self._state.add_release(self._new_release(name, number, live.image, live.image_digest, live.config))
+                self._outcome(name, number, lines, limit_s, on_progress)
             return SecretsChange(changed, number)
 
     def _opened(self, secrets: Mapping[str, bytes]) -> dict[str, str | bytes]:

@@ -356,6 +356,7 @@ class Live:
         self.uploads.clean()
         self.bucket_away = False
         self.before_push: Callable[[], object] = lambda: None
+        self.pushed: list[str] = []
         images = stage.engine.images
         self.platform = Platform(
             Parts(
@@ -373,6 +374,7 @@ class Live:
 
     def _push_image(self, tag: str) -> str:
         self.before_push()
+        self.pushed.append(tag)
         if self.bucket_away:
             raise StoreUnavailable("the bucket does not answer")
         scratch = self.stage.directory / "scratch"
