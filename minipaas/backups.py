@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,11 @@ class BucketBackups:
         directory = self._volumes.pop(volume_id, None)
         if directory is not None:
             self._replicator.remove_folder(directory)
+
+    def discard_volume(self, volume_id: str) -> None:
+        local = self._local / VOLUMES / volume_id
+        if local.exists():
+            shutil.rmtree(local)
 
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
         directory = self._volumes.get(volume_id)

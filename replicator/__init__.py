@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from replicator.config import Config as Config
     from replicator.config import load_config as load_config
     from replicator.descriptors import raise_descriptor_limit as raise_descriptor_limit
+    from replicator.durable import fsync_dir as fsync_dir
+    from replicator.durable import write_file as write_file
     from replicator.errors import BucketMissing as BucketMissing
     from replicator.errors import ChainBroken as ChainBroken
     from replicator.errors import ConfigError as ConfigError
@@ -69,6 +71,7 @@ _HOMES = {
     "capture": "CaptureSettings",
     "config": "Config load_config",
     "descriptors": "raise_descriptor_limit",
+    "durable": "fsync_dir write_file",
     "errors": (
         "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
         "DatabaseNotReplicable FormatError IntegrityCheckFailed LeaseHeld LeaseLost NothingToRestore "

@@ -32,6 +32,7 @@ PURE = {
     "minipaas/model.py",
     "minipaas/plan.py",
     "minipaas/manifest.py",
+    "minipaas/toml_table.py",
 }
 IMPURE = {"os", "socket", "subprocess", "time", "threading", "logging", "random", "shutil", "requests", "urllib"}
 ENTRY_POINTS = {"replicator/cli.py", "replicator/__main__.py", "minipaas/cli/", "minipaas/__main__.py"}
