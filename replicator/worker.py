@@ -129,6 +129,7 @@ class DatabaseWorker:
         self._wake = wake
         self._begun: origin.Origin | None = None
         self._problem: Exception | None = None
+        self._problem_since = 0.0
         self._spool_full = False
         self._retry_s = RETRY_S
         self._not_before = 0.0
@@ -276,6 +277,8 @@ class DatabaseWorker:
             log.log(level, "%s", problem)
         if problem is None and self._problem is not None:
             log.info("%s goes on", self.path)
+        if self._problem is None:
+            self._problem_since = time.monotonic()
         self._problem = problem
 
     def _on_upload(self) -> None:
@@ -414,9 +417,16 @@ class DatabaseWorker:
         return self._spool.waiting_s() or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
-        problem = self._problem or self._shipper.problem or self._shipper.diverged
+        held_up = (
+            isinstance(self._problem, DatabaseBusy)
+            and self._captured_step > 0
+            and time.monotonic() - self._problem_since < CATCHING_UP_AFTER_S
+        )  # by a lock of an application, as a rule, which passes in a moment
+        problem = (None if held_up else self._problem) or self._shipper.problem or self._shipper.diverged
         if problem is not None:
             return Protection.NOT_PROTECTED, str(problem)
+        if held_up:
+            return Protection.CATCHING_UP, str(self._problem)
         timeline, waiting = self._capture.timeline, self._spool.waiting()
         if timeline is None or self._captured_for != timeline.number:
             return Protection.CATCHING_UP, "the database is read and compared"

@@ -522,6 +522,23 @@ def test_an_exclusive_application_is_named_and_captured_when_it_lets_go(
     assert restored_rows(store, tmp_path) == [1, 2, 3]
 
 
+def test_a_lock_that_passes_in_a_moment_does_not_make_a_database_unprotected(
+    path: Path, store: MemoryStore, tmp_path: Path
+) -> None:
+    with rig(path, store) as live:
+        make(path, 3)
+        live.settle()
+        live.worker._capture.let_go()
+        with app(path, "locking_mode=exclusive", "journal_mode=wal") as writer:
+            writer.insert(1)
+            live.step()
+            status = live.worker.status()
+            assert status.protection is Protection.CATCHING_UP and "locking_mode=EXCLUSIVE" in status.reason
+            writer.close()
+        live.settle()
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4]
+
+
 # -- another file ------------------------------------------------------------------------------------------------------
 
 
