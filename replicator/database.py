@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 import apsw
 
@@ -62,6 +63,16 @@ class FileIdentity:
     inode: int
 
 
+class Identified(Protocol):
+    """What says which file it is of."""
+
+    @property
+    def device(self) -> int: ...
+
+    @property
+    def inode(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen.
@@ -92,8 +103,12 @@ class FileStamp:
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether every write after ``now_ns`` changes it: one in the tick of the last change would not."""
+        return self.settled_in_s(now_ns) == 0
+
+    def settled_in_s(self, now_ns: int) -> float:
+        """Seconds after ``now_ns`` until it is settled, if nobody writes; 0 when it is."""
         tick_ns = FINE_TICK_NS if self.ctime_ns % 1_000_000_000 else COARSE_TICK_NS
-        return now_ns - self.ctime_ns > tick_ns
+        return max(0, self.ctime_ns + tick_ns + 1 - now_ns) / 1_000_000_000
 
 
 def identify(path: Path) -> FileIdentity:
@@ -104,6 +119,31 @@ def identify(path: Path) -> FileIdentity:
     if not stat.S_ISREG(status.st_mode):
         raise NotADatabase(f"{path} is not a regular file")
     return FileIdentity(status.st_dev, status.st_ino)
+
+
+def is_as_left(path: Path, identity: Identified, stamp: FileStamp) -> bool:
+    """Whether the database, closed here, is the file that had this settled stamp, and there is nothing in a WAL. Opens nothing."""
+    try:
+        status = path.lstat()
+        if (status.st_dev, status.st_ino) != (identity.device, identity.inode):
+            return False
+        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != (
+            stamp.size_bytes,
+            stamp.mtime_ns,
+            stamp.ctime_ns,
+        ):
+            return False
+        return not _size_of_wal(path)
+    except OSError:
+        return False
+
+
+def _size_of_wal(path: Path) -> int | None:
+    """None when there is none."""
+    try:
+        return os.stat(f"{path}-wal").st_size
+    except FileNotFoundError:
+        return None
 
 
 def _status(path: Path) -> os.stat_result:
@@ -287,6 +327,10 @@ class LiveDatabase:
         except WalHeaderDamaged:
             # A header is being written at this moment, or was torn by a crash; SQLite ignores such a WAL.
             return None
+
+    def has_wal(self) -> bool:
+        """Whether there is a WAL at its path; after a ``close``, if somebody else has the database open."""
+        return _size_of_wal(self.path) is not None
 
     def wal_is_ours(self) -> bool:
         """Whether the path of the WAL still names the file that is open here; SQLite never replaces it while a connection is open."""

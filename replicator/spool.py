@@ -53,6 +53,7 @@ class Base(msgspec.Struct, frozen=True):
 
     restored: the position is one that a restore put at the path; what is written from there on is another timeline.
     file: the database file when it was last known to belong to the position and the WAL; None when that was not seen.
+    whole: that file alone is the state at the position; nothing of it is in the WAL only.
     """
 
     timeline: Timeline
@@ -62,6 +63,7 @@ class Base(msgspec.Struct, frozen=True):
     source: Source | None
     restored: bool = False
     file: FileStamp | None = None
+    whole: bool = False
 
 
 @dataclass
@@ -76,10 +78,18 @@ class Captured:
     restored: bool
     hashes: StateHashes
     file: FileStamp | None = None
+    whole: bool = False
 
     def base(self) -> Base:
         return Base(
-            self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored, self.file
+            self.timeline,
+            self.txid,
+            self.page_size,
+            self.last_commit_ms,
+            self.source,
+            self.restored,
+            self.file,
+            self.whole,
         )
 
 
@@ -324,6 +334,7 @@ class Spool:
             raise LocalStateDamaged(f"{path} does not give the state that it states")
         captured.txid, captured.page_size = header.last, header.page_size
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
+        captured.whole = False
 
 
 def holds_segments(directory: Path) -> bool:
@@ -381,5 +392,13 @@ def _decode_base(data: bytes, directory: Path) -> Captured:
         raise LocalStateDamaged(f"{directory / 'base'} was written by another release: {error}") from error
     hashes = StateHashes.from_bytes(body[12 + head_length :])
     return Captured(
-        base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes, base.file
+        base.timeline,
+        base.txid,
+        base.page_size,
+        base.last_commit_ms,
+        base.source,
+        base.restored,
+        hashes,
+        base.file,
+        base.whole,
     )

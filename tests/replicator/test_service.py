@@ -208,11 +208,13 @@ def test_while_nothing_changes_no_request_is_made_and_no_thread_runs(
         replicator.add_folder(Folder(data), bucket.store)
         replicator.sync_folder(data, 20)
         wait_for(lambda: all(is_durable(replicator, status.path) for status in replicator.status()))
+        wait_for(lambda: not list(data.glob("[0-9]*.db-shm")))
         time.sleep(0.7)  # events of our own opening and of the spools; this is a measurement, not a wait
         requests, cpu = len(bucket.store.calls), time.process_time()
         time.sleep(2)
         assert len(bucket.store.calls) == requests
         assert time.process_time() - cpu < 0.05
+        assert not list(data.glob("[0-9]*.db-shm")), "nothing opens what nobody uses"
 
 
 def test_a_commit_on_an_idle_database_is_in_the_store_within_200_ms(
@@ -587,7 +589,49 @@ def test_a_database_that_is_open_in_this_process_is_not_checkpointed_after_every
         sizes.append(Path(f"{path}-wal").stat().st_size)
     assert sizes == sorted(sizes) and sizes[0] > 0, "it was never emptied"
     application.close()
-    wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0)
+    replicator.sync(path, 10)  # no event tells of an application that was not there for the kernel
+    wait_for(lambda: not Path(f"{path}-wal").exists())
+
+
+def test_a_bigger_file_in_place_of_a_closed_database_is_whole_for_its_application_and_in_the_store(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path, other = data / "app.db", data / "new.db"
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(20)
+        replicator.add(path, bucket.store, settings=FAST)
+        replicator.sync(path, 10)
+        writer.insert(20)
+        writer.close()
+    make(other, 1000)
+    wait_for(lambda: not Path(f"{path}-wal").exists() and not Path(f"{path}-shm").exists(), 1.0)
+    other.rename(path)
+    with app(path) as writer:
+        writer.insert(1)
+        assert writer.run("PRAGMA integrity_check") == ["ok"]
+        assert writer.run("SELECT count(*) FROM ledger") == [1001]
+        replicator.sync(path, 10)
+    assert len(restored_rows(bucket.store, tmp_path)) == 1001
+
+
+def test_the_first_commit_on_a_database_that_rests_is_in_the_store_within_200_ms(
+    replicator: Replicator, bucket: Bucket, data: Path
+) -> None:
+    path, arrivals = data / "app.db", []
+    make(path)
+    replicator.add(path, bucket.store, settings=WorkerSettings(interval_s=0.01))
+    replicator.sync(path, 10)
+    for _ in range(5):
+        wait_for(lambda: is_durable(replicator, path) and not Path(f"{path}-shm").exists())
+        before = status_of(replicator, path).durable
+        with app(path) as writer:
+            writer.run("SELECT 1 FROM ledger")
+            began = time.monotonic()
+            writer.insert(1)
+            wait_for(lambda before=before: status_of(replicator, path).durable != before)
+            arrivals.append(time.monotonic() - began)
+            writer.close()
+    assert statistics.median(arrivals) < 0.2
 
 
 def test_a_stop_leaves_no_descriptor_and_no_thread(bucket: Bucket, data: Path) -> None:
