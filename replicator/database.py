@@ -141,7 +141,7 @@ def is_as_left(path: Path, identity: Identified, stamp: FileStamp) -> bool:
 def _size_of_wal(path: Path) -> int | None:
     """None when there is none."""
     try:
-        return os.stat(f"{path}-wal").st_size
+        return Path(f"{path}-wal").stat().st_size
     except FileNotFoundError:
         return None
 
