@@ -107,8 +107,11 @@ class Capture:
         *,
         now_ms: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
+        within: Path | None = None,
     ) -> None:
+        """within: a folder that the database must be in, with no symbolic link on the way."""
         self.path = path
+        self._within = within
         self.figures = CaptureFigures()
         self._spool = spool
         self._settings = settings
@@ -256,7 +259,7 @@ class Capture:
         if database is not None and not (database.still_at_path() and database.wal_is_ours()):
             self._leave_behind(database)
         try:
-            identity = identify(self.path)
+            identity = identify(self.path, self._within)
         except DatabaseMissing:
             self._note_gone()
             raise
@@ -271,7 +274,7 @@ class Capture:
         if source is not None and (source.device, source.inode) != (identity.device, identity.inode):
             raise NeedsTimeline("the file was replaced by another", captured)
         if self._database is None:
-            self._database = LiveDatabase(self.path)
+            self._database = LiveDatabase(self.path, self._within)
             self._was_there = True
         return self._database
 
@@ -282,7 +285,12 @@ class Capture:
         if self._database is not None or captured is None or captured.restored or self._spool.forking:
             return False
         source, stamp = captured.source, captured.file
-        return captured.whole and source is not None and stamp is not None and is_as_left(self.path, source, stamp)
+        return (
+            captured.whole
+            and source is not None
+            and stamp is not None
+            and is_as_left(self.path, self._within, source, stamp)
+        )
 
     def _leave_behind(self, database: LiveDatabase) -> None:
         """The path names another file now, or none, or the WAL was deleted. What it still holds is captured before it is closed.
