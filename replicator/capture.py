@@ -143,6 +143,12 @@ class Capture:
         return Position(captured.timeline.number, captured.txid) if captured else None
 
     @property
+    def reached(self) -> tuple[Timeline, int] | None:
+        """Timeline and txid of the newest captured position, which belong together whatever another thread does meanwhile."""
+        captured = self._captured
+        return (captured.timeline, captured.txid) if captured else None
+
+    @property
     def last_commit_ms(self) -> int:
         captured = self._captured
         return captured.last_commit_ms if captured else 0
@@ -310,6 +316,8 @@ class Capture:
     def _note_gone(self) -> None:
         """The file that was open here before is not at the path any more."""
         captured = self._captured
+        if captured is None and self._spool.waiting():
+            self.give_up()  # of a base that was being discarded; nobody else has these commits now
         if self._was_there and captured is not None and captured.source != _NO_FILE:
             self._captured = dataclasses.replace(captured, source=_NO_FILE, whole=False)
             self._spool.save_base(self._captured)

@@ -460,10 +460,12 @@ class LiveDatabase:
     def _open_wal(self) -> int:
         """The file that SQLite itself has open, whatever its path leads to by now."""
         descriptor = _descriptor(self._holder, apsw.SQLITE_FCNTL_JOURNAL_POINTER)
+        if descriptor is None:
+            raise DatabaseNotReplicable(f"{self.path}-wal is not open in SQLite; its WAL cannot be read")
         try:
-            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.dup(descriptor)
         except OSError as error:
-            raise DatabaseNotReplicable(f"{self.path}-wal: {error.strerror}; its WAL cannot be read") from error
+            raise DatabaseError(f"{self.path}-wal cannot be read: {error.strerror}") from error
 
 
 def _descriptor(connection: apsw.Connection, which: int) -> int | None:

@@ -9,6 +9,7 @@ database.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import threading
@@ -224,8 +225,7 @@ class Spool:
             refs = list(self._waits)
             if not refs:
                 return None
-            aside = self.directory / f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-            durable.make_dirs(aside)
+            aside = self._new_aside()
             for ref in reversed(refs):
                 durable.replace(self.path(ref), aside / ref.file_name)
                 del self._waits[ref]
@@ -299,6 +299,14 @@ class Spool:
         return 0 if ref is None or wait is None or ref.is_snapshot else wait.commit_ms
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _new_aside(self) -> Path:
+        """A folder that nothing was set aside in before. Raises OSError."""
+        name = f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        names = (self.directory / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        durable.make_dirs(aside)
+        return aside
 
     def _take_lock(self) -> int:
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -261,10 +261,10 @@ class DatabaseWorker:
         log.info("%s %s timeline %d: %s", self.path, verb, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
-        timeline, captured = self._capture.timeline, self._capture.position
-        if timeline is None or captured is None or self._closed:
+        reached = self._capture.reached
+        if reached is None or self._closed:
             return None
-        return self._shipper.kick(timeline, captured.txid)
+        return self._shipper.kick(*reached)
 
     def _let_go_if_hopeless(self) -> None:
         """While nothing can be captured, the WAL must not grow without end."""

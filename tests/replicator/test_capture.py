@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -21,7 +22,9 @@ from replicator.errors import DatabaseError, StoreDenied, StoreUnavailable
 from replicator.layout import SegmentRef, segments_of
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions
+from replicator.scheduler import Crew
 from replicator.segment import SegmentReader
+from replicator.ship import Shipper
 from replicator.spool import Spool
 from replicator.store.memory import MemoryStore
 from replicator.values import Position
@@ -979,6 +982,56 @@ def test_damaged_local_state_keeps_what_never_reached_the_store(
         assert live.settle().timeline == 1
     (aside,) = state.glob(".aside-*")
     assert [(file.name, file.read_bytes()) for file in aside.iterdir()] == [(waiting.name, tail)]
+
+
+@pytest.fixture
+def tail(path: Path, store: MemoryStore, writer: App, tmp_path: Path) -> Path:
+    """A local state in which one segment waits."""
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        writer.insert(1)
+        live.step()
+    return state
+
+
+def test_segments_without_a_base_of_a_database_that_is_gone_are_set_aside(
+    path: Path, store: MemoryStore, writer: App, tail: Path
+) -> None:
+    """A crash in the middle of discarding leaves them; there is no timeline that they could be shipped to."""
+    writer.kill()
+    (tail / "base").unlink()
+    path.unlink()
+    with rig(path, store, state=tail) as live:
+        live.step()
+        assert live.worker.is_finished
+    assert len(list(tail.glob(".aside-*/*.seg"))) == 1
+
+
+def test_what_is_set_aside_again_within_a_second_replaces_nothing(tail: Path) -> None:
+    (waiting,) = (tail / "spool").iterdir()
+    copy, asides = waiting.read_bytes(), set()
+    for _ in range(3):
+        waiting.write_bytes(copy)
+        spool = Spool(tail)
+        asides.add(spool.set_aside())
+        spool.close()
+    assert len(asides) == len(list(tail.glob(".aside-*/*.seg"))) == 3
+
+
+def test_a_kick_for_a_timeline_that_has_been_left_starts_nothing(tail: Path) -> None:
+    """An upload that has just ended may still have read the one before."""
+    spool, store, crew = Spool(tail), MemoryStore(), Crew(1, "kick-upload")
+    shipper = Shipper(spool, store, crew, lambda: None, now_ms=lambda: 0)
+    left = spool.load()
+    assert left is not None
+    shipper.begin_timeline(dataclasses.replace(left.timeline, number=2))
+    shipper.kick(left.timeline, left.txid)
+    assert shipper.idle
+    assert crew.stop(5)
+    spool.close()
+    assert store.calls == []
 
 
 def test_a_tail_that_is_set_aside_half_way_leaves_a_queue_without_a_hole(
