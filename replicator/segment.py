@@ -324,11 +324,6 @@ class SegmentReader:
     def page_size(self) -> int:
         return self._trailer.page_size
 
-    @property
-    def total_pages(self) -> int:
-        """How many pages the segment holds."""
-        return self._trailer.pages
-
     def pages(self) -> Iterator[tuple[int, memoryview]]:
         """All pages, ascending: (page_no, content). Reads and checks group by group."""
         for group in self.groups:
@@ -346,11 +341,6 @@ class SegmentReader:
         view = memoryview(_decompress(data, len(group.page_nos) * self.page_size, self.name, where))
         size = self.page_size
         return [(page_no, view[i * size : (i + 1) * size]) for i, page_no in enumerate(group.page_nos.tolist())]
-
-    def group_of(self, page_no: int) -> Group | None:
-        """The group that holds a page, for a caller that caches groups; None when the segment does not hold it."""
-        rank = self._index.rank(page_no)
-        return None if rank is None else self.groups[rank // self._trailer.pages_per_group]
 
     def page(self, page_no: int) -> bytes | None:
         """The content of one page, in one read; None when the segment does not hold it."""

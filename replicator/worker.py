@@ -107,10 +107,12 @@ class DatabaseWorker:
         now_ms: Callable[[], int],
         epoch: Callable[[], int] = lambda: 0,
         register: Callable[[], object] = lambda: None,
+        within: Path | None = None,
     ) -> None:
         """epoch: of the lease that allows a new timeline, 0 without one; raises LeaseLost while there must be none.
 
         register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
+        within: a folder that the database must be in, with no symbolic link on the way.
         """
         self.path = path
         self._store = store
@@ -119,8 +121,9 @@ class DatabaseWorker:
         self._now_ms = now_ms
         self._epoch = epoch
         self._register = register
+        self._within = within
         self._spool = Spool(state_directory, now_ms=now_ms)
-        self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
+        self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms, within=within)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
         self._shipper = Shipper(
@@ -231,7 +234,7 @@ class DatabaseWorker:
     def _check_present(self, diverged: Diverged) -> None:
         """What waits is thrown away only as long as the database still has it. Raises DatabaseMissing."""
         try:
-            identify(self.path)
+            identify(self.path, self._within)
         except DatabaseMissing:
             if self._spool.waiting():
                 log.warning("%s is gone, and its last commits cannot be shipped: %s", self.path, diverged)
@@ -260,10 +263,10 @@ class DatabaseWorker:
         log.info("%s %s timeline %d: %s", self.path, verb, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
-        timeline, captured = self._capture.timeline, self._capture.position
-        if timeline is None or captured is None or self._closed:
+        reached = self._capture.reached
+        if reached is None or self._closed:
             return None
-        return self._shipper.kick(timeline, captured.txid)
+        return self._shipper.kick(*reached)
 
     def _let_go_if_hopeless(self) -> None:
         """While nothing can be captured, the WAL must not grow without end."""
