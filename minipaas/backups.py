@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +143,11 @@ class BucketBackups:
         if directory is not None:
             self._replicator.remove_folder(directory)
 
+    def discard_volume(self, volume_id: str) -> None:
+        local = self._local / VOLUMES / volume_id
+        if local.exists():
+            shutil.rmtree(local)
+
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
         directory = self._volumes.get(volume_id)
         if directory is not None:
@@ -204,13 +211,13 @@ def restore_folder(
     """
     for leftover in directory.rglob(".*.restoring-*"):
         leftover.unlink()
-    owner = directory.stat()
-    failures: list[ReplicatorError] = []
-    for name, entry in catalogue.recoverable(store).items():
-        uid, gid, mode = (entry.uid, entry.gid, entry.mode) if entry else (owner.st_uid, owner.st_gid, 0o600)
+    status = directory.stat()
+    failures: list[ReplicatorError | PlatformError] = []
+    for name, known in catalogue.recoverable(store).items():
+        entry = known or catalogue.Entry(str(name), 0o600, status.st_uid, status.st_gid)
         target = directory / name
-        _make_folders(directory, name, uid, gid)
         try:
+            _make_folders(directory, name, entry.uid, entry.gid)
             _restore_database(
                 catalogue.replica_of(store, name),
                 target,
@@ -222,23 +229,37 @@ def restore_folder(
             log.warning("%s of %s is left out: %s", name, what, nothing)
             on_progress(f"{name} of {what}: nothing of it was ever whole in the bucket; it is left out")
             continue
-        except (RestoreError, FormatError) as error:
+        except (RestoreError, FormatError, PlatformError) as error:
             log.error(
                 "a database could not be restored; put it there with replicator restore, and its app comes back",
                 extra={"database": str(name), "volume": what, "path": target, "reason": str(error)},
             )
             failures.append(error)
             continue
-        os.chown(target, uid, gid)
-        target.chmod(mode)
+        _give(target, entry)
     if failures:
         raise failures[0]
 
 
+def _give(target: Path, entry: catalogue.Entry) -> None:
+    """To the owner of the entry. What is no plain file there now is not what was restored."""
+    descriptor = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            this = f"/proc/self/fd/{descriptor}"
+            os.chown(this, entry.uid, entry.gid)
+            Path(this).chmod(entry.mode)
+    finally:
+        os.close(descriptor)
+
+
 def _make_folders(directory: Path, name: PurePosixPath, uid: int, gid: int) -> None:
+    """Raises PlatformError for a link on the way: what an app has left in its volume must not lead a restore, or a chown, out of it."""
     here = directory
     for part in name.parts[:-1]:
         here = here / part
+        if here.is_symlink():
+            raise PlatformError(f"{directory / name} cannot be restored: {here} is a symbolic link; remove it")
         if not here.exists():
             here.mkdir(mode=0o755)
             os.chown(here, uid, gid)
@@ -247,7 +268,7 @@ def _make_folders(directory: Path, name: PurePosixPath, uid: int, gid: int) -> N
 def _restore_database(
     store: ObjectStore, target: Path, local: Path, what: str, on_progress: Callable[[str], None]
 ) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         return
     began = time.monotonic()
     try:

@@ -6,7 +6,7 @@ Owns facts of this process. Never written to disk: all of it is found out again 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from minipaas.engine import Container
@@ -50,6 +50,23 @@ class Facts:
         with self._changed:
             self._changed.wait_for(lambda: self._version != after, timeout_s)
             return self._version
+
+    # -- what it is all about
+
+    def subjects(self) -> frozenset[str]:
+        """Names of apps and ids of machines and volumes of which anything is known."""
+        with self._changed:
+            started = {machine for machine, _ in self._starts}
+            return frozenset({*started, *self._words, *self._troubles} - {""})
+
+    def drop(self, gone: Collection[str]) -> None:
+        """Of these nothing is to be known any more, since nobody wants them."""
+        with self._changed:
+            self._starts = {key: value for key, value in self._starts.items() if key[0] not in gone}
+            self._words = {key: value for key, value in self._words.items() if key not in gone}
+            self._troubles = {key: value for key, value in self._troubles.items() if key not in gone}
+        if gone:
+            self.touch()
 
     # -- containers
 
@@ -120,7 +137,8 @@ class Facts:
         key, now = (machine.id, machine.restarts), self._now()
         with self._changed:
             recent = [at for at in self._starts.get(key, []) if now - at < self._steady_after_s]
-            self._starts[key] = [*recent, now]
+            others = {other: starts for other, starts in self._starts.items() if other[0] != machine.id}
+            self._starts = {**others, key: [*recent, now]}
 
     def ran_s(self, machine: Machine) -> float | None:
         """Seconds since this process started it; None when it did not."""

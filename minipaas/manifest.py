@@ -5,18 +5,15 @@ Owns the keys, their defaults and limits (fly's, where fly has the key). Never b
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, NoReturn
 
 import msgspec
 
 from minipaas.errors import BadName, ManifestError
 from minipaas.model import check_name
-from minipaas.toml_lines import KeyPath, key_lines, spell
+from minipaas.toml_table import TomlSource, TomlTable
 
 FILE_NAMES = ("minipaas.toml", "fly.toml")
 MAX_BYTES = 64 * 1024
@@ -29,8 +26,6 @@ source = "data"
 destination = "/data"
 """
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"(\d+)\s*(?:(gb|gib|g)|(mb|mib|m))?", re.IGNORECASE)
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VOLUME_NAME = re.compile(r"[a-z0-9_]{1,30}")
@@ -171,8 +166,8 @@ def parse(text: str, file: str) -> tuple[Manifest, tuple[str, ...]]:
     except (ValueError, RecursionError) as error:
         # Not only TOMLDecodeError: a number of 5000 digits and a list 1000 deep are legal TOML.
         raise ManifestError(_syntax_error(str(error), text, file)) from error
-    source = _Source(text, file)
-    manifest = _manifest(_Table(source, (), document))
+    source = TomlSource(text, file)
+    manifest = _manifest(TomlTable(source, (), document))
     return manifest, tuple(source.warnings)
 
 
@@ -186,164 +181,10 @@ def _syntax_error(message: str, text: str, file: str) -> str:
     return f"{file}:{max(1, len(text.splitlines()))}: {what} at the end of the file"
 
 
-# -- reading tables ----------------------------------------------------------------------------------------------------
-
-
-class _Source:
-    """The text behind a document: turns a path into ``file:line: key``, collects warnings."""
-
-    def __init__(self, text: str, file: str) -> None:
-        self._text, self._file = text, file
-        self._lines: dict[KeyPath, int] | None = None
-        self.warnings: list[str] = []
-
-    def at(self, path: KeyPath) -> str:
-        if self._lines is None:
-            self._lines = key_lines(self._text)
-        shown = path
-        while path and path not in self._lines:
-            path = path[:-1]
-        return f"{self._file}:{self._lines.get(path, 1)}: {spell(shown) or 'the manifest'}"
-
-
-class _Table:
-    """One table, read key by key; ``close`` refuses the keys that nobody asked for."""
-
-    def __init__(self, source: _Source, path: KeyPath, values: dict[str, Any]) -> None:
-        self._source, self._path, self._values = source, path, values
-        self._known: set[str] = set()
-        self._unserved: set[str] = set()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self._values)
-
-    def fail(self, key: str, problem: str) -> NoReturn:
-        raise ManifestError(f"{self._source.at((*self._path, key) if key else self._path)}: {problem}")
-
-    def warn(self, key: str, problem: str) -> None:
-        self._source.warnings.append(f"{self._source.at((*self._path, key))} {problem}")
-
-    def take(self, key: str, expected: str, *types: type) -> Any:
-        """The value, or None when the key is not there. A boolean is not a number here."""
-        self._known.add(key)
-        value = self._values.get(key)
-        if value is None or (isinstance(value, types) and (not isinstance(value, bool) or bool in types)):
-            return value
-        return self.wrong(key, expected)
-
-    def wrong(self, key: str, expected: str) -> NoReturn:
-        self.fail(key, f"expected {expected}, found {_show(self._values[key])}")
-
-    def text(self, key: str) -> str | None:
-        value = self.take(key, "a text", str)
-        if value is not None and (not value or "\0" in value):
-            self.wrong(key, "a text that is not empty")
-        return str(value) if value is not None else None
-
-    def flag(self, key: str) -> bool:
-        return bool(self.take(key, "true or false", bool))
-
-    def whole(self, key: str, low: int, high: int) -> int | None:
-        expected = f"a whole number from {low} to {high}"
-        value = self.take(key, expected, int)
-        if value is not None and not low <= value <= high:
-            self.wrong(key, expected)
-        return int(value) if value is not None else None
-
-    def one_of(self, key: str, choices: tuple[str, ...]) -> str | None:
-        expected = f"one of {', '.join(choices)}"
-        value = self.take(key, expected, str)
-        if value is not None and value not in choices:
-            self.wrong(key, expected)
-        return str(value) if value is not None else None
-
-    def duration(self, key: str, low_s: float, high_s: float, *, bare: str) -> float | None:
-        """Seconds. bare: unit of a number without one."""
-        expected = f'a duration from {low_s:g} s to {high_s:g} s, such as "10s" or "1m" (a bare number is in {bare})'
-        value = self.take(key, expected, str, int, float)
-        if value is None:
-            return None
-        seconds = _seconds(str(value), bare)
-        if seconds is None or not low_s <= seconds <= high_s:
-            self.wrong(key, expected)
-        return seconds
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.take(key, "a list of texts", list) or []
-        if not all(isinstance(value, str) for value in values):
-            self.wrong(key, "a list of texts")
-        return tuple(values)
-
-    def pairs(self, key: str) -> dict[str, str]:
-        """A table of texts. Numbers and booleans become texts, as TOML writes them."""
-        pairs = {}
-        inner = self.table(key)
-        for name in inner.keys if inner else ():
-            assert inner is not None
-            value = inner.take(name, "a text, a number or true or false", str, int, float, bool)
-            if isinstance(value, str) and "\0" in value:
-                inner.wrong(name, "a text without a zero byte")
-            pairs[name] = str(value).lower() if isinstance(value, bool) else str(value)
-        return pairs
-
-    def table(self, key: str) -> _Table | None:
-        values = self.take(key, f"a table, [{spell((*self._path, key))}]", dict)
-        return None if values is None else _Table(self._source, (*self._path, key), values)
-
-    def tables(self, key: str) -> list[_Table]:
-        """An array of tables; a single one, as older files of fly have it, counts as well."""
-        expected = f"tables, [[{spell((*self._path, key))}]]"
-        values = self.take(key, expected, dict, list)
-        if isinstance(values, dict):
-            return [_Table(self._source, (*self._path, key), values)]
-        if not all(isinstance(value, dict) for value in values or ()):
-            self.wrong(key, expected)
-        return [_Table(self._source, (*self._path, key, n), value) for n, value in enumerate(values or ())]
-
-    def unserved(self, *keys: str) -> None:
-        """Keys of fly that have no effect here yet."""
-        self._known.update(keys)
-        self._unserved.update(keys)
-        for key in keys:
-            if key in self._values:
-                self.warn(key, "is not served yet: it has no effect")
-
-    def close(self) -> None:
-        for key in self._values:
-            if key not in self._known:
-                near = difflib.get_close_matches(key, sorted(self._known), 1)
-                served = ", ".join(sorted(self._known - self._unserved))
-                hint = f"did you mean {near[0]}?" if near else f"what is served here: {served}"
-                self.fail(key, f"there is no such key; {hint}")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict | list):
-        return "a table" if isinstance(value, dict) else "a list"
-    shown = repr(value) if not isinstance(value, str) or not value.isprintable() else f'"{value}"'
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
-
-
-def _seconds(text: str, bare: str) -> float | None:
-    stripped = text.strip()
-    if re.fullmatch(r"\d+(?:\.\d+)?", stripped):
-        stripped += bare
-    if not re.fullmatch(f"(?:{_DURATION.pattern})+", stripped):
-        return None
-    seconds = math.fsum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(stripped))
-    return round(seconds, 3)
-
-
 # -- the keys ----------------------------------------------------------------------------------------------------------
 
 
-def _manifest(root: _Table) -> Manifest:
+def _manifest(root: TomlTable) -> Manifest:
     http = _http_service(root.table("http_service"))
     manifest = Manifest(
         app=_app(root),
@@ -367,7 +208,7 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _app(root: _Table) -> str | None:
+def _app(root: TomlTable) -> str | None:
     name = root.text("app")
     if name is not None:
         try:
@@ -377,7 +218,7 @@ def _app(root: _Table) -> str | None:
     return name
 
 
-def _build(table: _Table | None) -> Build:
+def _build(table: TomlTable | None) -> Build:
     if table is None:
         return Build()
     build = Build(
@@ -394,7 +235,7 @@ def _build(table: _Table | None) -> Build:
     return build
 
 
-def _inside(table: _Table, key: str) -> str | None:
+def _inside(table: TomlTable, key: str) -> str | None:
     """A path relative to the source directory, that stays in it: only that directory travels to the server."""
     path = table.text(key)
     if path is not None and (path.startswith("/") or ".." in path.split("/")):
@@ -402,7 +243,7 @@ def _inside(table: _Table, key: str) -> str | None:
     return path
 
 
-def _env(root: _Table) -> dict[str, str]:
+def _env(root: TomlTable) -> dict[str, str]:
     table, env = root.table("env"), root.pairs("env")
     for name in env:
         assert table is not None
@@ -413,7 +254,7 @@ def _env(root: _Table) -> dict[str, str]:
     return env
 
 
-def _http_service(table: _Table | None) -> HttpService | None:
+def _http_service(table: TomlTable | None) -> HttpService | None:
     if table is None:
         return None
     port = table.whole("internal_port", 1, 65535) or 8080
@@ -433,14 +274,14 @@ def _http_service(table: _Table | None) -> HttpService | None:
     return service
 
 
-def _min_machines(table: _Table) -> int:
+def _min_machines(table: TomlTable) -> int:
     count = table.whole("min_machines_running", 0, 100) or 0
     if count > 1:
         table.warn("min_machines_running", "is accepted, but one machine runs, and always")
     return count
 
 
-def _named_checks(table: _Table | None, default_port: int | None) -> tuple[Check, ...]:
+def _named_checks(table: TomlTable | None, default_port: int | None) -> tuple[Check, ...]:
     checks = []
     for name in table.keys if table else ():
         assert table is not None
@@ -457,7 +298,7 @@ def _named_checks(table: _Table | None, default_port: int | None) -> tuple[Check
     return tuple(checks)
 
 
-def _check(table: _Table, name: str, kind: str, port: int) -> Check:
+def _check(table: TomlTable, name: str, kind: str, port: int) -> Check:
     check = Check(
         name=name,
         type=kind,
@@ -475,7 +316,7 @@ def _check(table: _Table, name: str, kind: str, port: int) -> Check:
     return check
 
 
-def _http_part(table: _Table, check: Check) -> Check:
+def _http_part(table: TomlTable, check: Check) -> Check:
     method = table.text("method") or "GET"
     if method.upper() not in _METHODS:
         table.wrong("method", f"one of {', '.join(_METHODS)}")
@@ -489,7 +330,7 @@ def _http_part(table: _Table, check: Check) -> Check:
     return msgspec.structs.replace(check, method=method.upper(), path=path, headers=headers)
 
 
-def _mounts(tables: list[_Table]) -> tuple[Mount, ...]:
+def _mounts(tables: list[TomlTable]) -> tuple[Mount, ...]:
     mounts: list[Mount] = []
     for table in tables:
         mount = _mount(table)
@@ -500,7 +341,7 @@ def _mounts(tables: list[_Table]) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
-def _mount(table: _Table) -> Mount:
+def _mount(table: TomlTable) -> Mount:
     source, destination = table.text("source"), table.text("destination")
     if source is None or destination is None:
         table.fail("", f"expected the keys source and destination; {'destination' if source else 'source'} is missing")
@@ -519,7 +360,7 @@ def _mount(table: _Table) -> Mount:
     return mount
 
 
-def _destination(table: _Table, text: str) -> str:
+def _destination(table: TomlTable, text: str) -> str:
     """Where a volume may be without hiding what the container itself needs to run."""
     parts = text.split("/")
     inner = [part for part in parts if part]
@@ -533,7 +374,7 @@ def _destination(table: _Table, text: str) -> str:
     return "/" + "/".join(inner)
 
 
-def _processes(table: _Table) -> tuple[str, ...]:
+def _processes(table: TomlTable) -> tuple[str, ...]:
     """The groups that a table is for. There is one, and a table for others is served for it all the same."""
     groups = table.texts("processes")
     if groups not in ((), (USUAL_GROUP,)):
@@ -543,7 +384,7 @@ def _processes(table: _Table) -> tuple[str, ...]:
     return groups
 
 
-def _size_mb(table: _Table) -> int | None:
+def _size_mb(table: TomlTable) -> int | None:
     expected = 'a size such as "10gb" (a bare number is in GB)'
     value = table.take("initial_size", expected, str, int)
     if value is None:
@@ -555,7 +396,7 @@ def _size_mb(table: _Table) -> int | None:
     return int(match[1]) if match[3] else int(match[1]) * 1024
 
 
-def _deploy(table: _Table | None) -> Deploy:
+def _deploy(table: TomlTable | None) -> Deploy:
     if table is None:
         return Deploy()
     deploy = Deploy(wait_timeout_s=table.duration("wait_timeout", 1, 86400, bare="s"))

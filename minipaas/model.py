@@ -66,7 +66,6 @@ def new_volume_id() -> str:
 
 
 class ReleaseStatus(StrEnum):
-    PENDING = "pending"
     DEPLOYING = "deploying"
     LIVE = "live"
     FAILED = "failed"

@@ -87,8 +87,8 @@ class World:
         return self.settings.volume_dir(volume.app, volume.name)
 
     def missing(self, volume: Volume) -> str:
-        """Why a volume that was made is not in its directory; '' when it is."""
-        return volumes.missing(self.settings, volume)
+        """Why a volume that was made is not in its directory; '' when it is. Changes nothing."""
+        return volumes.look(self.settings, volume).missing
 
 
 class Operation(Protocol):
@@ -134,10 +134,10 @@ class EnsureVolume:
 
     def _check_present(self, world: World) -> None:
         """What is replicated of a volume that is not there would look like a deletion of all its databases."""
-        if world.missing(self.volume):
+        if why := world.missing(self.volume):
             world.backups.forget_volume(self.volume.id)
             world.facts.set_watched(self.volume.id, False)
-            raise _gone(world, self.volume)
+            raise _gone(self.volume, why)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class PurgeVolume:
     """The time after destroy is over: its directory goes. What is in the bucket is left to retention.
 
     It is set aside before the state forgets it, and deleted after, so that an app that is brought back in this very moment has
-    its volume, and a new volume of the same name has nothing of the old one.
+    its volume, and a new volume of the same name has nothing of the old one. What replication kept of it goes before that, since
+    nobody knows its id after; in a volume that comes back it begins anew with a snapshot.
     """
 
     volume: Volume
@@ -208,14 +209,15 @@ class PurgeVolume:
         world.backups.forget_volume(self.volume.id)
         world.facts.set_watched(self.volume.id, False)
         volumes.set_aside(world.settings, self.volume)
+        world.backups.discard_volume(self.volume.id)
         if world.state.purge_volume(self.volume.id):
             volumes.discard(world.settings, self.volume)
         else:
             volumes.put_back(world.settings, self.volume)
 
 
-def _gone(world: World, volume: Volume) -> VolumeGone:
-    return VolumeGone(f"volume {volume.name} of {volume.app} is missing: {world.missing(volume)}")
+def _gone(volume: Volume, why: str) -> VolumeGone:
+    return VolumeGone(f"volume {volume.name} of {volume.app} is missing: {why}")
 
 
 # -- images and machines -----------------------------------------------------------------------------------------------
@@ -258,8 +260,8 @@ class StartMachine:
         sealed = world.state.release_secrets(self.app, self.workload.release)
         secrets = {key: world.sealer.unseal(value) for key, value in sealed.items()}
         for volume in self.volumes:
-            if world.missing(volume):
-                raise _gone(world, volume)
+            if why := world.missing(volume):
+                raise _gone(volume, why)
         directories = {volume.id: world.directory(volume) for volume in self.volumes}
         spec = container_spec(self.workload, self.machine, world.node, self.volumes, directories, secrets)
         world.facts.note_start(self.machine)

@@ -54,6 +54,10 @@ class Backups(Protocol):
         """Stop replicating it; what is in the bucket stays there. No error when it is not watched."""
         ...
 
+    def discard_volume(self, volume_id: str) -> None:
+        """What is kept on this disk to replicate a volume, which is forgotten by now, goes. Raises OSError."""
+        ...
+
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
         """All that was committed in the volume before the call is durable. Raises TimedOut."""
         ...

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from minipaas import volumes
 from minipaas.engine import Container
 from minipaas.errors import (
     EdgeError,
@@ -22,7 +23,7 @@ from minipaas.errors import (
     PlatformError,
     VolumeGone,
 )
-from minipaas.model import App
+from minipaas.model import App, Volume
 from minipaas.ops import MachineFailed, MarkFailed, Operation, Overtaken, World
 from minipaas.plan import Seen, Wanted, plan, presumed_route
 from minipaas.workload import LABEL_APP, default_host, runs, workload_of
@@ -128,15 +129,24 @@ class Reconciler:
 
     def _step(self) -> Step:
         world = self._world
+        known = (
+            world.facts.subjects()
+        )  # first, since what is learned meanwhile can be of what nobody had asked for by then
         containers = world.engine.containers.list()
         world.facts.set_containers(containers)
         apps = world.state.apps()
+        world.facts.drop(known - self._subjects(apps))
         if not self._seeded:
             self._seed(apps, containers)
         self._refresh_edge()
         begun = [app.name for app in apps if self._begin(app, containers)]
         waits = [world.limits.sweep_s, *(wait for app in apps if (wait := self._next_try(app)) is not None)]
         return Step(f"working on {', '.join(begun)}" if begun else "", max(0.05, min(waits)))
+
+    def _subjects(self, apps: Sequence[App]) -> set[str]:
+        """All that somebody wants, as ``Facts`` calls it."""
+        machines = {machine.id for app in apps for machine in self._world.state.machines(app.name)}
+        return {*machines, *(app.name for app in apps), *(volume.id for volume in self._world.state.volumes())}
 
     def _seed(self, apps: Sequence[App], containers: Sequence[Container]) -> None:
         """Routes for what runs already, before any worker changes one: a restart of minipaas is not noticed by users."""
@@ -294,7 +304,7 @@ class Reconciler:
 
     def _seen(self, wanted: Wanted, containers: Sequence[Container]) -> Seen:
         world, facts = self._world, self._world.facts
-        present = frozenset(volume.id for volume in wanted.volumes if not world.missing(volume))
+        present = frozenset(volume.id for volume in wanted.volumes if self._is_present(volume))
         purge_after_ms = wanted.app.purge_after_ms
         return Seen(
             containers=tuple(each for each in containers if each.labels.get(LABEL_APP) == wanted.app.name),
@@ -307,6 +317,13 @@ class Reconciler:
             resting=frozenset(m.id for m in wanted.machines if facts.wait_before_start(m) > 0),
             purge_due=purge_after_ms is not None and self._now_ms() >= purge_after_ms,
         )
+
+    def _is_present(self, volume: Volume) -> bool:
+        """It is in its directory; what that is now is what the next look compares with."""
+        sight = volumes.look(self._world.settings, volume)
+        if sight.seen is not None:
+            volumes.adopt(self._world.settings, volume, sight.seen)
+        return sight.seen is not None
 
     def _images(self, wanted: Wanted, containers: Sequence[Container]) -> frozenset[str]:
         """Those that the engine has; it is not asked about images of machines that run."""

@@ -16,13 +16,16 @@ from pathlib import Path
 import msgspec
 
 from minipaas import access, backups, sealing
+from minipaas.data_directory import data_lock
 from minipaas.errors import FleetHeld, NodeNotEmpty, WrongRecoveryKey
 from minipaas.fleet import FleetRecord, fleet_lease, read_fleet
 from minipaas.model import Node, check_domain, check_name
 from minipaas.sealing import Identity
 from minipaas.settings import (
     LEASE_TTL_S,
+    LOCK,
     LOST,
+    RECOVERING,
     Credentials,
     Settings,
     check_listens,
@@ -32,11 +35,9 @@ from minipaas.settings import (
     write_settings,
 )
 from minipaas.state import State
-from replicator import LeaseHeld, ObjectStore
+from replicator import LeaseHeld, ObjectStore, fsync_dir
 
 log = logging.getLogger(__name__)
-
-MARKER = "recovering.json"
 
 
 class Marker(msgspec.Struct, frozen=True):
@@ -68,7 +69,8 @@ def recover(request: Recovery, say: Callable[[str], None], *, now_ms: Callable[[
     """Make this machine a node of the fleet that the bucket holds, with all that was on the lost one; ``serve`` it then.
 
     Raises before anything is written: NotFound (no fleet in the bucket), WrongRecoveryKey, NodeNotEmpty, FleetHeld (a node that is
-    alive holds the bucket). Raises later what a store or a disk does; run it again then.
+    alive holds the bucket), AlreadyRunning (another recovery of this directory). Raises later what a store or a disk does; run it
+    again then.
     """
     check_name(request.node, "a node")
     check_name(request.region, "a region")
@@ -80,12 +82,15 @@ def recover(request: Recovery, say: Callable[[str], None], *, now_ms: Callable[[
     owner = _check_key(request.recovery_key, fleet)
     marker = _check_directory(request.data_dir, fleet)
     _take(bucket, marker.node_id, request, say)
-    node = _begin(request, marker)
     settings = _settings(request, marker, fleet)
-    backups.restore_state(bucket, settings, say)
-    _adopt(settings, owner, node, request, say, now_ms)
-    write_settings(settings)
-    (request.data_dir / MARKER).unlink()
+    _make_directory(request.data_dir)
+    with data_lock(settings):
+        _check_directory(request.data_dir, fleet)  # another recovery may have ended meanwhile
+        node = _begin(request, marker)
+        backups.restore_state(bucket, settings, say)
+        _adopt(settings, owner, node, request, say, now_ms)
+        write_settings(settings)  # last: from here on it is a node
+        _remove_marker(request.data_dir)
     return settings
 
 
@@ -107,28 +112,37 @@ def _check_key(recovery_key: str, fleet: FleetRecord) -> Identity:
 
 def _check_directory(data_dir: Path, fleet: FleetRecord) -> Marker:
     """The marker of an interrupted recovery, or a new one for an empty directory."""
-    path = data_dir / MARKER
-    if path.exists():
-        try:
-            marker = msgspec.json.decode(path.read_bytes(), type=Marker)
-        except msgspec.MsgspecError as error:
-            raise NodeNotEmpty(f"{path} is damaged; empty {data_dir} and recover again") from error
-        if marker.fleet != fleet.id:
-            raise NodeNotEmpty(
-                f"{data_dir} holds a half-done recovery of another fleet; empty it, or name another --data"
-            )
-        return marker
     if (data_dir / LOST).exists():
         raise NodeNotEmpty(
             f"{data_dir} holds what a node that lost its fleet had not shipped; keep it, and name another --data"
         )
     if settings_path(data_dir).exists():
+        _remove_marker(data_dir)  # a power cut can have brought it back
         raise NodeNotEmpty(
             f"{data_dir} is the directory of a node already; go on with: minipaas serve --data {data_dir}"
         )
-    if data_dir.exists() and any(data_dir.iterdir()):
-        raise NodeNotEmpty(f"{data_dir} is not empty; recovery never overwrites: empty it, or name another --data")
-    return Marker(fleet.id, secrets.token_hex(8))
+    marker = _read_marker(data_dir / RECOVERING)
+    if marker is None:
+        if data_dir.exists() and any(each.name != LOCK for each in data_dir.iterdir()):
+            raise NodeNotEmpty(f"{data_dir} is not empty; recovery never overwrites: empty it, or name another --data")
+        return Marker(fleet.id, secrets.token_hex(8))
+    if marker.fleet != fleet.id:
+        raise NodeNotEmpty(f"{data_dir} holds a half-done recovery of another fleet; empty it, or name another --data")
+    return marker
+
+
+def _read_marker(path: Path) -> Marker | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Marker)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise NodeNotEmpty(f"{path} is damaged; empty {path.parent} and recover again") from error
+
+
+def _remove_marker(data_dir: Path) -> None:
+    (data_dir / RECOVERING).unlink(missing_ok=True)
+    fsync_dir(data_dir)
 
 
 def _take(bucket: ObjectStore, node_id: str, request: Recovery, say: Callable[[str], None]) -> None:
@@ -144,12 +158,15 @@ def _take(bucket: ObjectStore, node_id: str, request: Recovery, say: Callable[[s
         raise FleetHeld(f"{held}; stop it first, or say --takeover if you know that it is gone") from held
 
 
+def _make_directory(data_dir: Path) -> None:
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    data_dir.chmod(0o700)
+
+
 def _begin(request: Recovery, marker: Marker) -> Identity:
     """The first things that are written, and this node's own key."""
-    request.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    request.data_dir.chmod(0o700)
     _forget_half_done(request.data_dir)
-    write_private(request.data_dir / MARKER, msgspec.json.encode(marker).decode())
+    write_private(request.data_dir / RECOVERING, msgspec.json.encode(marker).decode())
     if request.credentials is not None:
         write_credentials(request.data_dir, request.credentials)
     key_path = request.data_dir / "node.key"

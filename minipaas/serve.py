@@ -1,18 +1,16 @@
 """``minipaas serve``: builds all parts, starts them in order and stops them in order. The composition root.
 
-Owns the lock on the data directory and what a stop leaves running: apps, edge and engine go on without this process.
+Owns what a stop leaves running: apps, edge and engine go on without this process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +18,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from minipaas import bundle, volumes
+from minipaas.data_directory import data_lock
 from minipaas.edge import Edge
 from minipaas.edge.caddy import CaddyEdge
 from minipaas.engine import Engine
 from minipaas.engine.discover import connect
 from minipaas.engine.podman_service import PodmanService
-from minipaas.errors import AlreadyRunning, FleetHeld, NotFound, PlatformError, Unavailable
+from minipaas.errors import FleetHeld, NotFound, PlatformError, Unavailable
 from minipaas.facts import Facts
 from minipaas.health import Prober, SocketProber
-from minipaas.model import Fleet
+from minipaas.model import Fleet, Volume
 from minipaas.ops import World
 from minipaas.progress import Hub
 from minipaas.protection import Backups
@@ -45,6 +44,8 @@ from minipaas.web import create_app, pages
 from minipaas.web.door import listening
 from minipaas.web.sessions import Sessions
 from replicator import ReplicatorError
+
+DURABLE = "everything that was committed is durable"
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class Server:
             sentences = [f"left running: {', '.join([*names, 'the edge', 'the engine'])}"]
             if not settled:
                 sentences.append("a change was under way; it goes on at the next start")
-        sentences += self._ship(limits.stop_sync_s)
+        found = [_Kept(each, self._unseen(each)) for each in self.state.volumes()]
+        sentences += _ship(self.world.backups, found, limits.stop_sync_s) or [DURABLE]
         self._open.close()
         if self.lost:
             PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
@@ -188,6 +190,11 @@ class Server:
         undo.enter_context(_api(self.platform, settings, limits))
         self.reconciler.start()
 
+    def _unseen(self, volume: Volume) -> str:
+        if volume.id in self.world.facts.watched():
+            return ""
+        return self.world.missing(volume) or "nobody looked after it yet"
+
     def _fence(self) -> list[str]:
         """Nothing here may take writes any more. What could not be ended, as sentences."""
         return [*close_edge(self._wiring.edge(self.settings)), *end_containers(self.world.engine)[1]]
@@ -203,17 +210,6 @@ class Server:
         for failure in failures:
             log.error(failure)
         PodmanService(self.settings.data_dir, self.settings.run_dir).stop()
-
-    def _ship(self, timeout_s: float) -> list[str]:
-        deadline = time.monotonic() + timeout_s
-        late = []
-        for volume in self.state.volumes():
-            if volume.id in self.world.facts.watched():
-                late += _late(
-                    f"{volume.app}/{volume.name}", partial(self.world.backups.sync_volume, volume.id), deadline
-                )
-        late += _late("the state", self.world.backups.sync_state, deadline)
-        return [f"NOT durable yet: {each}" for each in late] or ["everything that was committed is durable"]
 
 
 def serve(settings: Settings, wiring: Wiring, on_ready: Callable[[Server], None], say: Callable[[str], None]) -> None:
@@ -244,49 +240,24 @@ def stop_everything(settings: Settings, wiring: Wiring, say: Callable[[str], Non
         backups = wiring.backups(settings, tenure.epoch)
         undo.callback(backups.stop, limits.stop_sync_s)
         backups.start()
-        watched = [each for each in state.volumes() if each.state == "created"]
-        watched = [each for each in watched if not volumes.missing(settings, each)]
-        for volume in watched:
-            backups.watch_volume(volume.id, settings.volume_dir(volume.app, volume.name))
+        found = [_Kept(each, volumes.look(settings, each).missing) for each in state.volumes()]
+        for kept in found:
+            if kept.is_shipped:
+                backups.watch_volume(kept.volume.id, settings.volume_dir(kept.volume.app, kept.volume.name))
         count, failures = end_containers(engine)
-        for words in [f"stopped {count} containers", *failures]:
+        late = _ship(backups, found, limits.stop_sync_s)
+        for words in [f"stopped {count} containers", *failures, *late]:
             say(words)
-        deadline = time.monotonic() + limits.stop_sync_s
-        late = [
-            words
-            for volume in watched
-            for words in _late(f"{volume.app}/{volume.name}", partial(backups.sync_volume, volume.id), deadline)
-        ]
-        for words in late:
-            say(f"NOT durable yet: {words}")
     wiring.edge(settings).stop()
     podman = PodmanService(settings.data_dir, settings.run_dir)
     podman.stop()
     podman.unmount()
-    say("the edge and the engine service have ended" + ("" if late else "; everything that was committed is durable"))
+    say("the edge and the engine service have ended" + ("" if late else f"; {DURABLE}"))
 
 
 def _tenure(settings: Settings, wiring: Wiring, leaving: threading.Event) -> Tenure:
     lease = wiring.lease(settings, leaving) if wiring.lease else None
     return Tenure(settings, lease, leaving, wiring.limits.sweep_s)
-
-
-@contextmanager
-def data_lock(settings: Settings) -> Iterator[None]:
-    """Only one process works on a data directory. Raises AlreadyRunning, NotFound."""
-    try:
-        descriptor = os.open(settings.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
-        raise NotFound(f"{settings.data_dir} does not exist; make it a node with: minipaas setup") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise AlreadyRunning(f"another minipaas works on {settings.data_dir}; stop it first") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def now_ms() -> int:
@@ -325,12 +296,42 @@ def _quiet(result: object) -> None:
     """Drops a result that the caller has no use for."""
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A volume at the end. unseen: why nobody looks after what is in it; '' when somebody does."""
+
+    volume: Volume
+    unseen: str
+
+    @property
+    def is_shipped(self) -> bool:
+        return self.volume.state == "created" and not self.unseen
+
+    @property
+    def name(self) -> str:
+        return f"{self.volume.app}/{self.volume.name}"
+
+
+def _ship(backups: Backups, found: Sequence[_Kept], timeout_s: float) -> list[str]:
+    """[] when everything that was committed is durable; else a sentence on each thing that is not, or that nobody can vouch for."""
+    deadline = time.monotonic() + timeout_s
+    sentences = []
+    for kept in found:
+        if kept.is_shipped:
+            sentences += _late(kept.name, partial(backups.sync_volume, kept.volume.id), deadline)
+        elif kept.volume.state == "restoring":
+            sentences.append(f"left out: {kept.name} is not yet restored from the bucket")
+        elif kept.volume.state == "created":
+            sentences.append(f"left out, and perhaps NOT durable: {kept.name}: {kept.unseen}")
+    return sentences + _late("the state", backups.sync_state, deadline)
+
+
 def _late(what: str, sync: Callable[[float], None], deadline: float) -> list[str]:
     """[] when it is durable before the deadline, else why not."""
     try:
         sync(max(0.1, deadline - time.monotonic()))
     except (PlatformError, ReplicatorError) as error:
-        return [f"{what}: {error}"]
+        return [f"NOT durable yet: {what}: {error}"]
     return []
 
 

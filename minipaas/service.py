@@ -9,21 +9,18 @@ from __future__ import annotations
 import hmac
 import logging
 import queue
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from minipaas import manifest as manifests
 from minipaas import views
 from minipaas.access import Action, Principal, authenticate, authorise
-from minipaas.engine import Container, LogLine
+from minipaas.engine import LogLine
 from minipaas.errors import (
     BadRequest,
     Conflict,
-    ContainerMissing,
     DeployFailed,
     EngineError,
     NotFound,
@@ -45,11 +42,11 @@ from minipaas.model import (
 from minipaas.ops import World
 from minipaas.progress import Hub, Turns
 from minipaas.reconcile import Reconciler
-from minipaas.settings import listen_address
+from minipaas.report import Report
 from minipaas.sources import Builder, Source, image_tag
 from minipaas.state import NewRelease
 from minipaas.uploads import Uploads
-from minipaas.workload import LABEL_APP, LABEL_MACHINE, check_variable, container_name, default_host, runs, workload_of
+from minipaas.workload import check_variable, container_name, runs
 from replicator import StoreError
 
 MAX_SECRET_BYTES = 64 * 1024
@@ -116,7 +113,7 @@ class Platform:
     def __init__(self, parts: Parts) -> None:
         self._parts, self._world, self._state = parts, parts.world, parts.world.state
         self._turns = Turns(self._world.limits.waiting_changes)
-        self._http_port = listen_address(self._world.settings.http_listen, "http_listen")[1]
+        self._report = Report(self._world, parts.engine_words, parts.edge_words)
         self._state.subscribe(lambda app: parts.hub.publish(app, ""))
         self._state.subscribe(lambda app: self._world.facts.touch())
 
@@ -138,12 +135,11 @@ class Platform:
 
     def apps(self, principal: Principal) -> Sequence[views.AppView]:
         authorise(principal, Action.READ)
-        volumes = self._volume_views()
-        return [self._app_view(app.name, volumes) for app in self._state.apps()]
+        return self._report.apps()
 
     def app(self, principal: Principal, name: str) -> views.AppView:
         authorise(principal, Action.READ, name)
-        return self._app_view(name, self._volume_views())
+        return self._report.app(name)
 
     def destroy(self, principal: Principal, name: str) -> App:
         """The app stops; its volumes and databases stay until ``purge_after_ms``, and come back when it is created again."""
@@ -181,17 +177,12 @@ class Platform:
         in the background), Unavailable.
         """
         authorise(principal, Action.DEPLOY, name)
-        check_name(name)
-        manifest = self._read_manifest(name, request, on_progress)
         try:
+            check_name(name)
+            manifest = self._read_manifest(name, request, on_progress)
             with self._turn(name, f"a deploy by {principal.name}", on_progress, self._world.limits.turn_wait_s):
                 self._ensure_app(principal, name, on_progress)
-                number = self._state.next_release(name)
-                tag = image_tag(name, number)
-                digest = self._image(request, manifest, tag, number, on_progress)
-                return self._release(
-                    name, number, tag, digest, manifest.to_json(), self._world.limits.deploy_wait_s, on_progress
-                )
+                return self._deploy(name, request, manifest, on_progress)
         finally:
             if request.source.upload:
                 self._parts.uploads.remove(request.source.upload)
@@ -233,7 +224,7 @@ class Platform:
 
     def volumes(self, principal: Principal) -> Sequence[views.VolumeView]:
         authorise(principal, Action.READ)
-        return list(self._volume_views().values())
+        return self._report.volumes()
 
     def logs(
         self, principal: Principal, name: str, *, tail: int | None, follow: bool, gone: Callable[[], bool]
@@ -241,18 +232,18 @@ class Platform:
         """(machine id, line). follow: goes on over swaps, until ``gone()``. Raises NotFound when nothing has run yet."""
         authorise(principal, Action.LOGS, name)
         self._existing(name)
-        if not follow and self._newest_container(name, unlike="") is None:
+        if not follow and not self._report.has_run(name):
             raise NotFound(f"nothing of {name} runs, so there are no logs; see: minipaas status")
-        return self._logs(name, tail, follow, gone)
+        return self._report.logs(name, tail, follow, gone)
 
     def status(self, principal: Principal) -> views.NodeView:
         authorise(principal, Action.READ)
-        return self._node_view()
+        return self._report.node()
 
     def snapshot(self, principal: Principal) -> views.Snapshot:
         authorise(principal, Action.READ)
         return views.Snapshot(
-            node=self._node_view(), apps=list(self.apps(principal)), events=list(self._state.events(20))
+            node=self._report.node(), apps=list(self._report.apps()), events=list(self._state.events(20))
         )
 
     def wait_for_change(self, principal: Principal, after: int, timeout_s: float) -> int:
@@ -315,38 +306,47 @@ class Platform:
             back = ", with the volumes that were kept" if known is not None else ""
             on_progress(Progress("step", f"{'brought back' if known else 'created'} app {name}{back}"))
 
-    def _image(self, request: DeployRequest, manifest: Manifest, tag: str, number: int, on_progress: OnProgress) -> str:
-        """The image is in the engine and in the bucket; the digest there. Leaves none behind when it fails."""
-        on_progress(Progress("step", "making the image", number))
-        try:
-            self._parts.builder.make(
-                request.source,
-                manifest,
-                request.build_args,
-                tag,
-                lambda line: on_progress(Progress("log", line, number)),
-            )
-            on_progress(Progress("step", "storing the image in the bucket", number))
-            return self._parts.push_image(tag)
-        except StoreError as error:
-            self._drop_image(tag)
-            raise Unavailable(f"the image cannot be stored in the bucket, so nothing was deployed: {error}") from error
-        except BaseException:
-            self._drop_image(tag)
-            raise
-
-    def _release(
-        self, name: str, number: int, tag: str, digest: str, config: str, limit_s: float, on_progress: OnProgress
+    def _deploy(
+        self, name: str, request: DeployRequest, manifest: Manifest, on_progress: OnProgress
     ) -> views.ReleaseView:
-        """Make it desired, and tell what happens until it is live or has failed."""
+        """An image that no release came to have is not left in the engine."""
+        number = self._state.next_release(name)
+        tag = image_tag(name, number)
         with self._parts.hub.listen(name) as lines:
             self._settled(name, lines, on_progress)
-            self._state.add_release(self._new_release(name, number, tag, digest, config))
-            self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
-            release = self._state.release(name, number)
-            self._drop_old_images(name)
-            if release.status == ReleaseStatus.FAILED:
-                raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
+            try:
+                digest = self._image(request, manifest, tag, number, on_progress)
+                self._state.add_release(self._new_release(name, number, tag, digest, manifest.to_json()))
+            except BaseException:
+                self._drop_image(tag)
+                raise
+            return self._outcome(name, number, lines, self._world.limits.deploy_wait_s, on_progress)
+
+    def _image(self, request: DeployRequest, manifest: Manifest, tag: str, number: int, on_progress: OnProgress) -> str:
+        """The image is in the engine and in the bucket; the digest there."""
+        on_progress(Progress("step", "making the image", number))
+        self._parts.builder.make(
+            request.source,
+            manifest,
+            request.build_args,
+            tag,
+            lambda line: on_progress(Progress("log", line, number)),
+        )
+        on_progress(Progress("step", "storing the image in the bucket", number))
+        try:
+            return self._parts.push_image(tag)
+        except StoreError as error:
+            raise Unavailable(f"the image cannot be stored in the bucket, so nothing was deployed: {error}") from error
+
+    def _outcome(
+        self, name: str, number: int, lines: queue.Queue[str], limit_s: float, on_progress: OnProgress
+    ) -> views.ReleaseView:
+        """Tell what happens until it is live or has failed."""
+        self._until(name, lines, on_progress, limit_s, lambda: self._decided(name, number), number)
+        release = self._state.release(name, number)
+        self._drop_old_images(name)
+        if release.status == ReleaseStatus.FAILED:
+            raise DeployFailed(f"{name} v{number}: {release.message}{self._back(name, lines, on_progress)}")
         return views.release_view(release)
 
     def _new_release(self, name: str, number: int, tag: str, digest: str, config: str) -> NewRelease:
@@ -473,7 +473,10 @@ class Platform:
             if live is None:
                 return SecretsChange(changed)
             number = self._state.next_release(name)
-            self._release(name, number, live.image, live.image_digest, live.config, limit_s, on_progress)
+            with self._parts.hub.listen(name) as lines:
+                self._settled(name, lines, on_progress)
+                self._state.add_release(self._new_release(name, number, live.image, live.image_digest, live.config))
+                self._outcome(name, number, lines, limit_s, on_progress)
             return SecretsChange(changed, number)
 
     def _opened(self, secrets: Mapping[str, bytes]) -> dict[str, str | bytes]:
@@ -503,100 +506,8 @@ class Platform:
             if live is None or image != live.image:
                 self._drop_image(image)
 
-    # -- reading
-
     def _existing(self, name: str) -> App:
         app = self._state.app(name)
         if app.destroyed_ms is not None:
             raise NotFound(f"app {name} was destroyed; bring it back with its data by deploying it again")
         return app
-
-    def _app_view(self, name: str, volumes: Mapping[str, views.VolumeView]) -> views.AppView:
-        desired, settings = self._state.desired(name), self._world.settings
-        releases = self._state.releases(name)
-        hosts: Sequence[str] = (default_host(name, settings.domain),)
-        if desired.live is not None:
-            workload = workload_of(desired.live, settings.domain)
-            hosts = workload.hosts if workload.port is not None else ()
-        own = [view for view in volumes.values() if view.app == name]
-        route = self._world.router.route(name)
-        return views.app_view(
-            desired, releases[0] if releases else None, hosts, self._http_port, own, route, self._world.facts
-        )
-
-    def _volume_views(self) -> Mapping[str, views.VolumeView]:
-        volumes = {volume.id: volume for volume in self._state.volumes()}
-        databases = self._database_views(volumes)
-        return {
-            key: views.volume_view(volume, str(self._world.directory(volume)), databases, self._world.facts)
-            for key, volume in volumes.items()
-        }
-
-    def _database_views(self, volumes: Mapping[str, Volume]) -> list[views.DatabaseView]:
-        """Of what is replicated; and of each volume that is not, so that what nobody looks at is never called protected."""
-        found = [views.database_view(database, volumes) for database in self._world.backups.databases()]
-        for volume in volumes.values():
-            missing = self._world.missing(volume) if volume.state == "created" else ""
-            at_risk = views.volume_at_risk(volume, str(self._world.directory(volume)), missing, self._world.facts)
-            if at_risk is not None:
-                found = [each for each in found if each.volume != volume.id or not missing]
-                found.append(at_risk)
-        return found
-
-    def _node_view(self) -> views.NodeView:
-        settings, facts = self._world.settings, self._world.facts
-        databases = self._database_views({volume.id: volume for volume in self._state.volumes()})
-        troubles = [f"{app}: {each.words}" if app else each.words for app, each in sorted(facts.troubles().items())]
-        troubles += _disk_troubles((settings.data_dir, settings.volumes_dir), self._world.limits.low_disk_bytes)
-        return views.NodeView(
-            id=settings.node_id,
-            name=settings.node,
-            region=settings.region,
-            engine=self._parts.engine_words,
-            edge=self._parts.edge_words,
-            fleet=self._state.fleet().id,
-            bucket=settings.bucket,
-            troubles=troubles,
-            durable=bool(databases) and all(each.words.startswith("protected") for each in databases),
-            databases=databases,
-        )
-
-    def _logs(
-        self, name: str, tail: int | None, follow: bool, gone: Callable[[], bool]
-    ) -> Iterator[tuple[str, LogLine]]:
-        """Of the newest container; when it is replaced, of its successor from its first line."""
-        followed = ""
-        while True:
-            newest = self._newest_container(name, unlike=followed)
-            if newest is not None:
-                followed = newest.id
-                yield from self._lines_of(newest, tail, follow, gone)
-                tail = None
-            if not follow or gone() or self._world.clock.wait(0.5):
-                return
-
-    def _lines_of(
-        self, container: Container, tail: int | None, follow: bool, gone: Callable[[], bool]
-    ) -> Iterator[tuple[str, LogLine]]:
-        try:
-            for line in self._world.engine.containers.logs(container.name, tail=tail, follow=follow, gone=gone):
-                yield container.labels.get(LABEL_MACHINE, ""), line
-                if gone():
-                    return
-        except ContainerMissing:
-            return
-
-    def _newest_container(self, name: str, unlike: str) -> Container | None:
-        own = [each for each in self._world.facts.containers() if each.labels.get(LABEL_APP) == name]
-        newest = max(own, key=lambda each: (each.started_ms or 0, each.id), default=None)
-        return None if newest is None or newest.id == unlike else newest
-
-
-def _disk_troubles(directories: Sequence[Path], low_bytes: int) -> list[str]:
-    """One sentence for each disk that is full, or nearly so. It holds no number that changes, as pages are sent what changed."""
-    by_disk = {each.stat().st_dev: each for each in reversed(directories) if each.exists()}
-    return [
-        f"the disk of {each} has less than {low_bytes >> 20} MiB free: apps can soon write nothing, or not be protected; make room"
-        for each in by_disk.values()
-        if shutil.disk_usage(each).free < low_bytes
-    ]

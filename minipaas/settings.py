@@ -6,7 +6,6 @@ Owns the names of files below the data directory and how they are read and writt
 from __future__ import annotations
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -17,10 +16,13 @@ import msgspec
 
 from minipaas.errors import BadRequest, NotFound
 from minipaas.model import check_domain
+from replicator import write_file
 
 DEFAULT_DATA_DIR = Path("/var/lib/minipaas")
 DEFAULT_RUN_DIR = Path("/run/minipaas")
+LOCK = "serve.lock"
 LOST = "lost"
+RECOVERING = "recovering.json"
 LEASE_TTL_S = 60.0
 EVERY_HOST = frozenset({"0.0.0.0", "::"})
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
@@ -107,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def lock_path(self) -> Path:
-        return self.data_dir / "serve.lock"
+        return self.data_dir / LOCK
 
     @property
     def lost_path(self) -> Path:
@@ -127,11 +129,13 @@ def credentials_path(data_dir: Path) -> Path:
 
 
 def read_settings(data_dir: Path) -> Settings:
-    """Raises NotFound when there is no node.toml, BadRequest when it is wrong."""
+    """Raises NotFound when there is no node.toml, which is written last; BadRequest when it is wrong."""
     path = settings_path(data_dir)
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
+        if (data_dir / RECOVERING).exists():
+            raise NotFound(f"{data_dir} is half recovered; give the same minipaas recover again, it goes on") from None
         raise NotFound(f"{data_dir} is not the data directory of a node; make it one with: minipaas setup") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}") from error
@@ -191,20 +195,8 @@ def write_credentials(data_dir: Path, credentials: Credentials) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Durably and with mode 0600 from the first byte: temporary name, write, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Durably, as a whole, and with mode 0600 from the first byte. Any number may write the same file at once: the last one counts."""
+    write_file(path, text.encode())
 
 
 def listen_address(text: str, what: str) -> tuple[str, int]:

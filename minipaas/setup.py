@@ -110,17 +110,34 @@ def _check_bucket(bucket: ObjectStore) -> None:
             f"{bucket.url} holds a fleet already; bring it back with: minipaas recover, or use another prefix"
         )
     key, body = f"probe/{secrets.token_hex(8)}", secrets.token_bytes(32)
-    bucket.put(key, body, if_none_match=True)
+    first = bucket.put(key, body, if_none_match=True)
     try:
         if bucket.get(key) != body:
             raise BadRequest(f"{bucket.url} gives back other bytes than were written; it cannot keep data safe")
-        bucket.put(key, body, if_none_match=True)
-    except PreconditionFailed:
-        return
+        _check_conditions(bucket, key, first.etag)
     finally:
         bucket.delete([key])
+
+
+def _check_conditions(bucket: ObjectStore, key: str, etag: str) -> None:
+    """As timelines and the lease rely on them. key, etag: of an object that is there."""
+    _check_refused(lambda: bucket.put(key, b"other", if_none_match=True), bucket, "If-None-Match")
+    try:
+        bucket.put(key, secrets.token_bytes(32), if_match=etag)
+    except PreconditionFailed:
+        raise BadRequest(
+            f"{bucket.url} refuses an If-Match that holds, so no node could keep its lease there"
+        ) from None
+    _check_refused(lambda: bucket.put(key, b"other", if_match=etag), bucket, "If-Match")
+
+
+def _check_refused(put: Callable[[], object], bucket: ObjectStore, condition: str) -> None:
+    try:
+        put()
+    except PreconditionFailed:
+        return
     raise BadRequest(
-        f"{bucket.url} ignores If-None-Match, so two nodes could overwrite each other there; use a store that has conditional writes"
+        f"{bucket.url} ignores {condition}, so two nodes could overwrite each other there; use a store that has conditional writes"
     )
 
 

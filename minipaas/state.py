@@ -68,6 +68,7 @@ class State:
             self._db.pragma("foreign_keys", True)
         self._path = path
         self._migrate()
+        self._tokens = self._read_tokens()
 
     def close(self) -> None:
         """Only when nothing in this process replicates the file any more."""
@@ -120,14 +121,20 @@ class State:
 
     def replace_token(self, token: Token) -> None:
         """Another token of the same name is worth nothing any more."""
-        with self._write():
-            self._db.execute("DELETE FROM tokens WHERE name = ?", (token.name,))
-            self._db.execute(
-                "INSERT INTO tokens (sha256, name, abilities, created_ms) VALUES (?, ?, ?, ?)",
-                (token.sha256, token.name, msgspec.json.encode(token.abilities).decode(), token.created_ms),
-            )
+        with self._lock:
+            with self._write():
+                self._db.execute("DELETE FROM tokens WHERE name = ?", (token.name,))
+                self._db.execute(
+                    "INSERT INTO tokens (sha256, name, abilities, created_ms) VALUES (?, ?, ?, ?)",
+                    (token.sha256, token.name, msgspec.json.encode(token.abilities).decode(), token.created_ms),
+                )
+            self._tokens = self._read_tokens()
 
     def tokens(self) -> Sequence[Token]:
+        """From memory: the thread of all connections asks for them, and must wait neither for the file nor for who holds it."""
+        return self._tokens
+
+    def _read_tokens(self) -> Sequence[Token]:
         rows = self._rows("SELECT name, sha256, abilities, created_ms FROM tokens")
         return [Token(name=n, sha256=h, abilities=tuple(msgspec.json.decode(a)), created_ms=c) for n, h, a, c in rows]
 

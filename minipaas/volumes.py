@@ -1,6 +1,7 @@
 """The directories of this node's volumes: made, marked, checked, set aside and deleted.
 
-Owns what is below DATA/volumes. Never looks into the files of a volume, and never decides what is to be deleted.
+Owns what is below DATA/volumes. Of what is in a volume it asks only whether there is anything; it opens no file there, and never decides
+what is to be deleted.
 
 Beside the directory of each volume is its mark, which tells it from an empty directory in its place: where a disk is mounted, that is what
 is left when it is not.
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections.abc import Container
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,7 @@ import msgspec
 from minipaas.errors import Unavailable
 from minipaas.model import Volume
 from minipaas.settings import Settings, write_private
+from replicator import fsync_dir
 
 _ASIDE = ".aside"
 """No app has such a name."""
@@ -34,6 +37,14 @@ class Mark(msgspec.Struct, frozen=True):
     held: bool
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What is at the place of a volume. missing: why that is not the volume, '' when it is; seen: what it is then."""
+
+    missing: str
+    seen: Mark | None = None
+
+
 def make(settings: Settings, volume: Volume) -> Path:
     """Its directory. Containers run as any user, so that it is open to all of them; the folder above keeps the host's users out."""
     directory = settings.volume_dir(volume.app, volume.name)
@@ -46,31 +57,33 @@ def make(settings: Settings, volume: Volume) -> Path:
 
 def mark(settings: Settings, volume: Volume) -> None:
     """What is there now is the volume; durable when this returns."""
-    now = _look(settings, volume)
-    if _read_mark(settings, volume) != now:
-        write_private(_mark_path(settings, volume), msgspec.json.encode(now).decode() + "\n")
+    _write_mark(settings, volume, _see(settings, volume))
 
 
-def missing(settings: Settings, volume: Volume) -> str:
-    """Why what is at the place of a volume that was made is not the volume; '' when it is, and then the mark is brought up to date.
+def look(settings: Settings, volume: Volume) -> Sight:
+    """Whether what is at the place of a volume that was made is the volume. Changes nothing.
 
     An unmarked directory that holds something is taken for the volume.
     """
-    try:
-        why = _missing(settings, volume)
-    except OSError as error:
-        return f"{settings.volume_dir(volume.app, volume.name)} cannot be read: {error.strerror}; look after its disk"
-    if not why:
-        with suppress(OSError):  # a disk that is full keeps no app from its volume; the next look tries again
-            mark(settings, volume)
-    return why
-
-
-def _missing(settings: Settings, volume: Volume) -> str:
     directory = settings.volume_dir(volume.app, volume.name)
-    if not directory.is_dir():
-        return f"its directory is gone: {directory}; mount its disk or put it back"
-    known, now = _read_mark(settings, volume), _look(settings, volume)
+    try:
+        if not directory.is_dir():
+            return Sight(f"its directory is gone: {directory}; mount its disk or put it back")
+        seen = _see(settings, volume)
+        why = _difference(settings, volume, seen)
+    except OSError as error:
+        return Sight(f"{directory} cannot be read: {error.strerror}; look after its disk")
+    return Sight(why) if why else Sight("", seen)
+
+
+def adopt(settings: Settings, volume: Volume, seen: Mark) -> None:
+    """The mark becomes what a look judged to be the volume, and not what is there by now."""
+    with suppress(OSError):  # a disk that is full keeps no app from its volume; the next look tries again
+        _write_mark(settings, volume, seen)
+
+
+def _difference(settings: Settings, volume: Volume, now: Mark) -> str:
+    directory, known = settings.volume_dir(volume.app, volume.name), _read_mark(settings, volume)
     if known is None:
         explained = f"{directory} is empty and has no mark; mount its disk, or put a file there if it is right so"
         return "" if now.held else explained
@@ -130,14 +143,24 @@ def _mark_path(settings: Settings, volume: Volume) -> Path:
     return settings.volumes_dir / volume.app / f".{volume.name}.volume"
 
 
-def _look(settings: Settings, volume: Volume) -> Mark:
+def _see(settings: Settings, volume: Volume) -> Mark:
+    """All of it of one open directory, since a disk can come or go between two looks at a path."""
     directory = settings.volume_dir(volume.app, volume.name)
-    with os.scandir(directory) as entries:
-        held = any(entry.name not in _OF_THE_DISK for entry in entries)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        here, above = os.fstat(descriptor), directory.parent.stat()
+        with os.scandir(descriptor) as entries:
+            held = any(entry.name not in _OF_THE_DISK for entry in entries)
+    finally:
+        os.close(descriptor)
     known = _read_mark(settings, volume)
-    inode = directory.stat().st_ino
-    was_held = known is not None and known.held and known.inode == inode
-    return Mark(volume=volume.id, inode=inode, mounted=directory.is_mount(), held=held or was_held)
+    was_held = known is not None and known.held and known.inode == here.st_ino
+    return Mark(volume=volume.id, inode=here.st_ino, mounted=here.st_dev != above.st_dev, held=held or was_held)
+
+
+def _write_mark(settings: Settings, volume: Volume, mark: Mark) -> None:
+    if _read_mark(settings, volume) != mark:
+        write_private(_mark_path(settings, volume), msgspec.json.encode(mark).decode() + "\n")
 
 
 def _read_mark(settings: Settings, volume: Volume) -> Mark | None:
@@ -152,8 +175,4 @@ def _read_mark(settings: Settings, volume: Volume) -> Mark | None:
 def _move(source: Path, target: Path) -> None:
     source.rename(target)
     for folder in {source.parent, target.parent}:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_dir(folder)

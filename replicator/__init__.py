@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from replicator.diff import Difference as Difference
     from replicator.diff import RowChange as RowChange
     from replicator.diff import SchemaChange as SchemaChange
+    from replicator.durable import fsync_dir as fsync_dir
+    from replicator.durable import write_file as write_file
     from replicator.errors import BucketMissing as BucketMissing
     from replicator.errors import ChainBroken as ChainBroken
     from replicator.errors import ConfigError as ConfigError
@@ -82,6 +84,7 @@ _HOMES = {
     "config": "Config load_config",
     "descriptors": "raise_descriptor_limit",
     "diff": "Difference RowChange SchemaChange",
+    "durable": "fsync_dir write_file",
     "errors": (
         "BucketMissing ChainBroken ConfigError DaemonNotRunning DatabaseError DatabaseMissing "
         "DatabaseNotReplicable FormatError IdentityMissing IntegrityCheckFailed LeaseHeld LeaseLost NotEncrypted NothingToRestore "

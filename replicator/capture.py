@@ -3,7 +3,8 @@
 Owns the captured state, the place in the WAL up to which it reaches, and the proof that the two belong together. Never talks to a store.
 
 Continuity is proven, never inferred. Either the read lock was held since the last captured frame, or the file is the same, the WAL has
-the same salts, and the cumulative checksum of the last captured frame is found at its place. In every other case the whole
+the same salts, and the cumulative checksum of the last captured frame is found at its place; or the file alone was the captured state, and
+nobody has written it since, so that all of the WAL comes after. In every other case the whole
 database is compared, page by page, with the hashes of what was captured, and the pages that differ become one segment.
 """
 
@@ -19,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from replicator.database import FileStamp, Journal, LiveDatabase, identify
-from replicator.errors import DatabaseBusy, DatabaseError, LocalStateDamaged
+from replicator.database import FileStamp, Journal, LiveDatabase, identify, is_as_left
+from replicator.errors import DatabaseBusy, DatabaseError, DatabaseMissing, LocalStateDamaged
 from replicator.image import Image, read_transactions
 from replicator.pagehash import StateHashes, lock_page, page_hash
 from replicator.segment import SegmentHeader, SegmentWriter, Source
@@ -39,6 +40,10 @@ MAX_CHECKPOINT_RETRY_S = 60.0
 MAX_BUSY_RETRY_S = 1.0
 FIRST_LET_BY_S = 0.01
 LAST_LET_BY_S = 0.3
+FIRST_COMPANY_S, MAX_COMPANY_S = 1.0, 60.0
+"""So long a database counts as open elsewhere after an end of ours did not end its WAL, though nobody was seen."""
+AWAKE_FOR_EACH_COMPARED = 600
+"""A database that was written and closed again while it rested is compared; it does not rest again for so many times as long."""
 _NO_FILE = Source(0, 0, 0, 0, 0, 0, 0, False)
 """Of a captured state whose file is gone: no file is inode 0, so what comes later is another one, even if it gets the old number."""
 
@@ -102,8 +107,11 @@ class Capture:
         *,
         now_ms: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
+        within: Path | None = None,
     ) -> None:
+        """within: a folder that the database must be in, with no symbolic link on the way."""
         self.path = path
+        self._within = within
         self.figures = CaptureFigures()
         self._spool = spool
         self._settings = settings
@@ -112,6 +120,7 @@ class Capture:
         self._captured: Captured | None = None
         self._loaded = False
         self._database: LiveDatabase | None = None
+        self._was_there = False
         self._scanner: Scanner | None = None
         self._continuous = False  # the scanner goes on from the captured state, under the lock that is held now
         self._confirmed: Cursor | None = None  # up to here SQLite itself counts as committed what was captured
@@ -123,12 +132,21 @@ class Capture:
         self._backfilled: Cursor | None = None
         self._progress = (0, 0)
         self._let_by_s = FIRST_LET_BY_S
+        self._no_rest_before = 0.0
+        self._in_company_until = 0.0
+        self._company_s = FIRST_COMPANY_S
 
     @property
     def position(self) -> Position | None:
         """The newest captured position; None before the first timeline."""
         captured = self._captured
         return Position(captured.timeline.number, captured.txid) if captured else None
+
+    @property
+    def reached(self) -> tuple[Timeline, int] | None:
+        """Timeline and txid of the newest captured position, which belong together whatever another thread does meanwhile."""
+        captured = self._captured
+        return (captured.timeline, captured.txid) if captured else None
 
     @property
     def last_commit_ms(self) -> int:
@@ -179,6 +197,8 @@ class Capture:
         Raises DatabaseError when the database cannot be captured now, NeedsTimeline when it must be given one first, and
         LocalStateUnwritable or OSError when the spool cannot be written.
         """
+        if self._rests():
+            return None
         database = self._open()
         if database.journal is Journal.ROLLBACK:
             return self._compare_if_changed(database)
@@ -193,7 +213,7 @@ class Capture:
         if self._spool.base_is_due(self._state):
             self._note_file()
             self._spool.save_base(self._state)
-        return let_by_s if wait_s is None or (let_by_s is not None and let_by_s < wait_s) else wait_s
+        return _soonest(let_by_s, wait_s, self._rest_if_abandoned(database))
 
     def wal_outgrows(self) -> bool:
         """Whether the WAL has grown beyond what may wait for a capture that does not come."""
@@ -244,7 +264,11 @@ class Capture:
         database = self._database
         if database is not None and not (database.still_at_path() and database.wal_is_ours()):
             self._leave_behind(database)
-        identity = identify(self.path)
+        try:
+            identity = identify(self.path, self._within)
+        except DatabaseMissing:
+            self._note_gone()
+            raise
         captured = self._captured
         if captured is None:
             raise NeedsTimeline("first sight", None)
@@ -256,8 +280,23 @@ class Capture:
         if source is not None and (source.device, source.inode) != (identity.device, identity.inode):
             raise NeedsTimeline("the file was replaced by another", captured)
         if self._database is None:
-            self._database = LiveDatabase(self.path)
+            self._database = LiveDatabase(self.path, self._within)
+            self._was_there = True
         return self._database
+
+    def _rests(self) -> bool:
+        """Whether the database is closed, and as it was when all that was captured was in the file: there is nothing to open it for."""
+        self.load()
+        captured = self._captured
+        if self._database is not None or captured is None or captured.restored or self._spool.forking:
+            return False
+        source, stamp = captured.source, captured.file
+        return (
+            captured.whole
+            and source is not None
+            and stamp is not None
+            and is_as_left(self.path, self._within, source, stamp)
+        )
 
     def _leave_behind(self, database: LiveDatabase) -> None:
         """The path names another file now, or none, or the WAL was deleted. What it still holds is captured before it is closed.
@@ -271,8 +310,16 @@ class Capture:
         except DatabaseError as error:
             log.warning("the last commits of a file that is gone could not be captured: %s", error)
         self.let_go()
-        if replaced and self._captured is not None:
-            self._captured = dataclasses.replace(self._captured, source=_NO_FILE)
+        if replaced:
+            self._note_gone()
+
+    def _note_gone(self) -> None:
+        """The file that was open here before is not at the path any more."""
+        captured = self._captured
+        if captured is None and self._spool.waiting():
+            self.give_up()  # of a base that was being discarded; nobody else has these commits now
+        if self._was_there and captured is not None and captured.source != _NO_FILE:
+            self._captured = dataclasses.replace(captured, source=_NO_FILE, whole=False)
             self._spool.save_base(self._captured)
 
     def _begin(self, database: LiveDatabase) -> None:
@@ -281,20 +328,35 @@ class Capture:
         The WAL proves nothing of the file: a copy over it in place leaves the WAL as it is. So the file, too, must be the one that was
         left. When somebody's checkpoint has written it meanwhile, that costs a comparison and nothing else.
         """
-        was_held = database.holds_lock
+        was_held, was_whole = database.holds_lock, self._state.whole
         database.acquire()
         if not was_held and self._state.file != database.stamp():
             self._forget_place(database)
-        cursor = _cursor(self._state.source, database.page_size)
+        try:
+            self._continuous = self._go_on(database)
+        except ContinuityLost as lost:
+            log.info("%s: %s", self.path, lost)
+        if self._continuous:
+            return
+        began = self._monotonic()
+        self._rebase(database, "what was written since the last time is not known")
+        if was_whole:
+            ended = self._monotonic()
+            self._no_rest_before = ended + AWAKE_FOR_EACH_COMPARED * (ended - began)
+
+    def _go_on(self, database: LiveDatabase) -> bool:
+        """Whether the captured state goes on with what is in the WAL, which is captured then: from the place that is known, or from its
+        start, if the file alone is the captured state."""
+        header, cursor = database.wal_header(), _cursor(self._state.source, database.page_size)
         if cursor is not None and _holds(database, cursor):
-            self._scanner, self._confirmed = Scanner(cursor), None
-            try:
-                self._capture_wal(database)
-                self._continuous = _is_current(database, cursor)
-            except ContinuityLost as lost:
-                log.info("%s: %s", self.path, lost)
-        if not self._continuous:
-            self._rebase(database, "what was written since the last time is not known")
+            self._scanner = Scanner(cursor)
+        elif self._state.whole and (header is None or cursor is None or not _same_generation(header, cursor)):
+            self._scanner = Scanner(header.cursor()) if header else None
+        else:
+            return False
+        self._confirmed = None
+        self._capture_wal(database)
+        return self._scanner is None or _is_current(database, self._scanner.cursor)
 
     def _drain(self) -> None:
         """Capture everything that is committed now. Whatever it raises, continuity is proven anew afterwards.
@@ -328,7 +390,7 @@ class Capture:
     def _forget_place(self, database: LiveDatabase) -> None:
         """Only a comparison leads on from the captured state, however often it takes until one succeeds."""
         nowhere = dataclasses.replace(_NO_FILE, device=database.identity.device, inode=database.identity.inode)
-        self._captured = dataclasses.replace(self._state, source=nowhere)
+        self._captured = dataclasses.replace(self._state, source=nowhere, whole=False)
 
     def _note_file(self) -> None:
         """Keep in mind how the file is while it and the WAL, which stand still together, belong to the captured state."""
@@ -337,7 +399,19 @@ class Capture:
             stamp = database.settled_stamp()
             if stamp and self._resting and not self._resting.same_content(stamp):
                 stamp = None  # written past SQLite; the next who looks compares
-            self._captured = dataclasses.replace(self._state, file=stamp)
+            whole = stamp is not None and self._is_whole(database)
+            self._captured = dataclasses.replace(self._state, file=stamp, whole=whole)
+
+    def _is_whole(self, database: LiveDatabase) -> bool:
+        """Whether the file alone is the captured state: all of the WAL is captured, and moved into the file.
+
+        Under the lock that is held that stays so: it is at the last of these commits, and lets no later one be moved.
+        """
+        frames, backfilled = database.wal_progress()
+        cursor = self._scanner.cursor if self._scanner else None
+        if frames != backfilled or cursor is None:
+            return frames == backfilled == 0
+        return HEADER_SIZE + frames * cursor.frame_size == cursor.offset and _is_current(database, cursor)
 
     def _follow_restart(self, database: LiveDatabase) -> bool:
         """If the WAL began anew, go on at its start: the lock lets that happen only when all before it is captured.
@@ -521,7 +595,12 @@ class Capture:
         known.hashes.resize(change.page_count)
         known.hashes.set_many(change.page_nos, change.hashes)
         self._captured = dataclasses.replace(
-            known, txid=header.last, page_size=header.page_size, last_commit_ms=commit_ms, source=header.source
+            known,
+            txid=header.last,
+            page_size=header.page_size,
+            last_commit_ms=commit_ms,
+            source=header.source,
+            whole=False,
         )
         self._changed_at = self._monotonic()
 
@@ -558,7 +637,7 @@ class Capture:
             return None
         now = self._monotonic()
         pages = (cursor.offset - _backfilled_offset(self._backfilled, cursor)) // cursor.frame_size
-        is_abandoned = now >= self._next_checkpoint_at and not captured and database.is_alone()
+        is_abandoned = now >= self._next_checkpoint_at and not captured and self._is_abandoned(database)
         if pages == 0 and not is_abandoned:
             return None
         is_due = pages >= self._settings.checkpoint_pages or is_abandoned
@@ -593,10 +672,38 @@ class Capture:
         self._backfilled = self._scanner.cursor if self._scanner else None
         return None
 
+    def _is_abandoned(self, database: LiveDatabase) -> bool:
+        return self._monotonic() >= self._in_company_until and database.is_alone()
+
+    def _rest_if_abandoned(self, database: LiveDatabase) -> float | None:
+        """Close a database that no application has open, once the file alone is the captured state. Seconds until that is worth a try.
+
+        Then SQLite deletes the WAL and its index. If they stayed, and somebody put another file in place of the database, SQLite
+        would take them for the new one's.
+        """
+        if not self._is_whole(database) or not self._is_abandoned(database):
+            return None
+        now, settled_s = self._monotonic(), database.stamp().settled_in_s(time.time_ns())
+        wait_s = max(settled_s, self._no_rest_before - now)
+        if wait_s > 0:
+            return wait_s
+        self.let_go()
+        if database.has_wal():  # somebody is there whom the kernel does not show us
+            self._in_company_until = now + self._company_s
+            self._company_s = min(self._company_s * 2, MAX_COMPANY_S)
+        else:
+            self._company_s = FIRST_COMPANY_S
+        self.figures.wal_bytes = 0
+        return None
+
     def _note_figures(self, database: LiveDatabase) -> None:
         self.figures.wal_bytes = database.wal_size()
         self.figures.page_size = database.page_size
         self.figures.page_count = self._state.hashes.page_count
+
+
+def _soonest(*waits_s: float | None) -> float | None:
+    return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
 
 def _change(image: Image, page_nos: U32, hashes: NDArray[np.uint64]) -> Change:

@@ -17,6 +17,7 @@ How the WAL is held still (SQLite's wal.c: walTryBeginRead, walRestartLog, walCh
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import threading
@@ -26,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 import apsw
 
@@ -62,6 +64,16 @@ class FileIdentity:
     inode: int
 
 
+class Identified(Protocol):
+    """What says which file it is of."""
+
+    @property
+    def device(self) -> int: ...
+
+    @property
+    def inode(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """complete: everything was backfilled, so the next commit starts the WAL anew. barrier_s: how long no commit could happen.
@@ -92,13 +104,20 @@ class FileStamp:
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether every write after ``now_ns`` changes it: one in the tick of the last change would not."""
+        return self.settled_in_s(now_ns) == 0
+
+    def settled_in_s(self, now_ns: int) -> float:
+        """Seconds after ``now_ns`` until it is settled, if nobody writes; 0 when it is."""
         tick_ns = FINE_TICK_NS if self.ctime_ns % 1_000_000_000 else COARSE_TICK_NS
-        return now_ns - self.ctime_ns > tick_ns
+        return max(0, self.ctime_ns + tick_ns + 1 - now_ns) / 1_000_000_000
 
 
-def identify(path: Path) -> FileIdentity:
-    """Raises DatabaseMissing; DatabaseNotReplicable for a symbolic link, beside which SQLite does not keep its WAL; NotADatabase."""
-    status = _status(path)
+def identify(path: Path, within: Path | None = None) -> FileIdentity:
+    """within: a folder that it must be in, with no symbolic link on the way: whoever may write there may make one at any moment.
+
+    Raises DatabaseMissing; DatabaseNotReplicable for a symbolic link, beside which SQLite does not keep its WAL; NotADatabase.
+    """
+    status = _status(path, within)
     if stat.S_ISLNK(status.st_mode):
         raise DatabaseNotReplicable(f"{path} is a symbolic link; replicate the file that it names: {path.resolve()}")
     if not stat.S_ISREG(status.st_mode):
@@ -106,22 +125,62 @@ def identify(path: Path) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino)
 
 
-def _status(path: Path) -> os.stat_result:
+def is_as_left(path: Path, within: Path | None, identity: Identified, stamp: FileStamp) -> bool:
+    """Whether the database, closed here, is the file that had this settled stamp, and there is nothing in a WAL. Opens nothing."""
     try:
-        return path.lstat()
+        status = _status(path, within)
+        if (status.st_dev, status.st_ino) != (identity.device, identity.inode):
+            return False
+        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != (
+            stamp.size_bytes,
+            stamp.mtime_ns,
+            stamp.ctime_ns,
+        ):
+            return False
+        return not _size_of_wal(path)
+    except (DatabaseError, OSError):
+        return False
+
+
+def _size_of_wal(path: Path) -> int | None:
+    """None when there is none."""
+    try:
+        return Path(f"{path}-wal").stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _status(path: Path, within: Path | None = None) -> os.stat_result:
+    try:
+        return path.lstat() if within is None else _status_within(within, path.relative_to(within))
     except (FileNotFoundError, NotADirectoryError):
-        raise DatabaseMissing(f"{path}: there is no such file") from None
+        link = "" if within is None else " in the folder (behind a symbolic link is nothing of it)"
+        raise DatabaseMissing(f"{path}: there is no such file{link if os.path.lexists(path) else ''}") from None
     except OSError as error:
         raise DatabaseError(f"{path}: {error.strerror}; check the permissions") from error
+
+
+def _status_within(folder: Path, name: Path) -> os.stat_result:
+    """Raises OSError; NotADirectoryError for a link on the way."""
+    here = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in name.parts[:-1]:
+            deeper = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = deeper
+        return os.stat(name.name, dir_fd=here, follow_symlinks=False)
+    finally:
+        os.close(here)
 
 
 class LiveDatabase:
     """One database that an application may be writing. Used by one thread at a time; ``close`` when done."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens it. Raises DatabaseError and its subclasses; an empty file is NotADatabase."""
+    def __init__(self, path: Path, within: Path | None = None) -> None:
+        """Opens it. within: as for ``identify``. Raises DatabaseError and its subclasses; an empty file is NotADatabase."""
         self.path = path
-        self.identity = identify(path)
+        self.within = within
+        self.identity = identify(path, within)
         self._wal_file = -1
         self._connections: list[apsw.Connection] = []
         self._register()
@@ -162,7 +221,7 @@ class LiveDatabase:
     def still_at_path(self) -> bool:
         """Whether the path still names the file that is open here."""
         try:
-            return identify(self.path) == self.identity
+            return identify(self.path, self.within) == self.identity
         except (DatabaseMissing, DatabaseNotReplicable, NotADatabase):
             return False
 
@@ -288,6 +347,10 @@ class LiveDatabase:
             # A header is being written at this moment, or was torn by a crash; SQLite ignores such a WAL.
             return None
 
+    def has_wal(self) -> bool:
+        """Whether there is a WAL at its path; after a ``close``, if somebody else has the database open."""
+        return _size_of_wal(self.path) is not None
+
     def wal_is_ours(self) -> bool:
         """Whether the path of the WAL still names the file that is open here; SQLite never replaces it while a connection is open."""
         if self._wal_file < 0:
@@ -372,14 +435,52 @@ class LiveDatabase:
         connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
         connection.wal_autocheckpoint(0)
-        connection.execute("PRAGMA journal_mode").fetchall()  # a connection learns of the WAL by its first read
+        try:
+            self._check_opened(connection, apsw.SQLITE_FCNTL_FILE_POINTER, self.identity)
+            connection.execute("PRAGMA journal_mode").fetchall()  # a connection learns of the WAL by its first read
+            self._check_opened(connection, apsw.SQLITE_FCNTL_JOURNAL_POINTER, None)
+        except BaseException:
+            connection.close(True)
+            raise
         return connection
 
+    def _check_opened(self, connection: apsw.Connection, which: int, identity: FileIdentity | None) -> None:
+        """What SQLite has open must be what is in the folder: a link that was there for a moment led to anybody's database.
+
+        identity: None for the WAL that is at its path now.
+        """
+        descriptor = _descriptor(connection, which) if self.within else None
+        if descriptor is None:  # there need be no WAL
+            return
+        opened = os.fstat(descriptor)
+        expected = identity or identify(self.path.with_name(f"{self.path.name}-wal"), self.within)
+        if FileIdentity(opened.st_dev, opened.st_ino) != expected:
+            raise DatabaseBusy(f"{self.path} was replaced while it was opened; trying again")
+
     def _open_wal(self) -> int:
+        """The file that SQLite itself has open, whatever its path leads to by now."""
+        descriptor = _descriptor(self._holder, apsw.SQLITE_FCNTL_JOURNAL_POINTER)
+        if descriptor is None:
+            raise DatabaseNotReplicable(f"{self.path}-wal is not open in SQLite; its WAL cannot be read")
         try:
-            return os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            return os.dup(descriptor)
         except OSError as error:
-            raise DatabaseNotReplicable(f"{self.path}-wal: {error.strerror}; its WAL cannot be read") from error
+            raise DatabaseError(f"{self.path}-wal cannot be read: {error.strerror}") from error
+
+
+def _descriptor(connection: apsw.Connection, which: int) -> int | None:
+    """The descriptor of the database or of the WAL that a connection has open; None while there is no WAL.
+
+    Source: struct unixFile of SQLite's os_unix.c begins with three pointers and the descriptor.
+    """
+    file = ctypes.c_void_p()
+    connection.file_control("main", which, ctypes.addressof(file))
+    methods = ctypes.cast(file, ctypes.POINTER(ctypes.c_void_p)).contents if file else None
+    if not methods:  # not opened
+        return None
+    assert file.value is not None
+    at = file.value + 3 * ctypes.sizeof(ctypes.c_void_p)
+    return ctypes.c_int.from_address(at).value
 
 
 def begins_as_database(path: Path) -> bool:

@@ -52,7 +52,7 @@ class Finder:
 
     def look(self, below: Path, known: Container[Path]) -> list[Found]:
         """What is in the folder, or in the part of it that is below a path, but for what is known."""
-        if not self.folder.reaches(below):
+        if not self.folder.reaches(below) or is_linked(below, self.folder.path):
             return []
         ordinary: set[bytes] = set()
         found = list(self._walk(str(below), known, ordinary))
@@ -61,7 +61,7 @@ class Finder:
 
     def look_at(self, path: Path, known: Container[Path]) -> Found | None:
         """One file. None when it is known, when it is no database, and when the folder does not take such a file."""
-        if path in known or not self.folder.takes(path):
+        if path in known or not self.folder.takes(path) or is_linked(path, self.folder.path):
             return None
         has_wal = os.path.lexists(f"{os.fspath(path)}-wal")
         ordinary: set[bytes] = set()
@@ -148,6 +148,11 @@ class Finder:
         return Found(
             path, f"{path} is a symbolic link to {target}, which is not in the folder; move the database itself here"
         )
+
+
+def is_linked(path: Path, folder: Path) -> bool:
+    """Whether a folder on the way from ``folder`` to ``path`` is a symbolic link: what is behind it is nothing of the folder."""
+    return any(parent.is_symlink() for parent in path.parents if parent != folder and parent.is_relative_to(folder))
 
 
 def _name_problem(path: Path, owner: Path | None) -> str:

@@ -192,16 +192,6 @@ class Replica:
         for ref in [ref for ref in self._headers if ref in gone]:
             del self._headers[ref]
 
-    def position_at(self, at_ms: int, timeline: int | None = None) -> tuple[Position, int]:
-        """The last position whose last commit is not after ``at_ms``, and the time of that commit.
-
-        On the newest timeline if none is named, or on its ancestors before it left them. A moment after the last
-        commit gives the last. Asks for O(log n) headers of n segments, and relies on commit times that never go back
-        along a timeline. Raises NothingToRestore, telling the first moment, when all commits are later, and
-        SegmentDamaged when a damaged segment leaves it open which position it is.
-        """
-        return self.find_position(self.timelines(), self.segments(), at_ms, timeline)
-
     def find_position(
         self,
         timelines: Mapping[int, Timeline],
@@ -209,7 +199,13 @@ class Replica:
         at_ms: int,
         timeline: int | None = None,
     ) -> tuple[Position, int]:
-        """``position_at`` for a caller that has listed the replica already."""
+        """Of what was listed, the last position whose last commit is not after ``at_ms``, and the time of that commit.
+
+        On the newest timeline if none is named, or on its ancestors before it left them. A moment after the last
+        commit gives the last. Asks for O(log n) headers of n segments, and relies on commit times that never go back
+        along a timeline. Raises NothingToRestore, telling the first moment, when all commits are later, and
+        SegmentDamaged when a damaged segment leaves it open which position it is.
+        """
         if timeline is None:
             timeline = chain.newest(timelines, segments).timeline
         path = [part for part in chain.stops(timelines, segments, timeline) if part]

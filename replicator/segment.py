@@ -373,11 +373,6 @@ class SegmentReader:
         return self._trailer.page_size
 
     @property
-    def total_pages(self) -> int:
-        """How many pages the segment holds."""
-        return self._trailer.pages
-
-    @property
     def pages_per_group(self) -> int:
         return self._trailer.pages_per_group
 

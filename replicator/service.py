@@ -18,7 +18,7 @@ from pathlib import Path
 
 from replicator import catalogue
 from replicator.descriptors import shortage
-from replicator.discovery import Finder, Found
+from replicator.discovery import Finder, Found, is_linked
 from replicator.errors import (
     DatabaseError,
     DatabaseMissing,
@@ -218,6 +218,7 @@ class Replicator:
                 epoch=self._epoch,
                 now_ms=self._now_ms,
                 register=register,
+                within=found_in.folder.path if found_in else None,
             )
             try:
                 if found_in is None:
@@ -289,7 +290,7 @@ class Replicator:
             try:
                 worker.sync(_patience_s(worker, deadline))
             except (DatabaseError, SyncTimeout) as error:
-                if worker.path.exists():
+                if worker.path.exists() and not is_linked(worker.path, path):
                     problems.append(error)
         if problems:
             raise problems[0]
@@ -424,22 +425,36 @@ class Replicator:
             for watched in list(self._folders.values()):
                 self._discover(watched, path)
             return False
-        if os.path.lexists(path):
-            if path not in self._databases:
-                self._examine_file(path)
+        is_there = self._is_there(path)
+        if is_there and path not in self._databases:
+            self._examine_file(path)
+        if is_there and not path.is_symlink():
             return False
         with self._guard:
-            self._refused.pop(path, None)
-            found = {known: it for known, it in self._databases.items() if it.found_in and known.is_relative_to(path)}
+            if not is_there:
+                self._refused.pop(path, None)
+            found = {
+                known: it
+                for known, it in self._databases.items()
+                if it.found_in and (path in known.parents or (known == path and not is_there))
+            }
         for known, replicated in found.items():
             if replicated.worker.is_finished:
                 log.info("%s is gone; it is not replicated any more, its replica stays", known)
                 self._remove(known, CLOSE_S, forget=True)
-                if os.path.lexists(known):  # made anew at this moment
+                if self._is_there(known):  # made anew at this moment
                     self._look_at(known)
             else:
                 self._scheduler.wake(replicated.worker)
         return any(known in self._databases for known in found)
+
+    def _is_there(self, path: Path) -> bool:
+        """What is behind a link in a folder is nothing of the folder."""
+        replicated = self._databases.get(path)
+        if replicated is not None and replicated.found_in is None:
+            return os.path.lexists(path)
+        folders = [watched.folder.path for watched in list(self._folders.values())]
+        return os.path.lexists(path) and not any(is_linked(path, folder) for folder in folders)
 
     def _examine_file(self, path: Path) -> None:
         with self._guard:

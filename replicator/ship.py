@@ -76,6 +76,7 @@ class Shipper:
         self._proof = threading.Lock()
         self._in_flight: set[SegmentRef] = set()
         self._proving = False
+        self._timeline: Timeline | None = None  # the one that was begun last, in this process
         self._era = 0  # what was begun for a timeline before this one says nothing of it
         self._arrived_ms: dict[int, int] = {}  # commit times by txid, of what arrived before something older
         self._proven: int | None = None
@@ -86,14 +87,12 @@ class Shipper:
         self.diverged: Diverged | None = None
         self.durable_commit_ms = 0
         self.lag_s = 0.0
-        self.shipped_segments = 0
-        self.shipped_bytes = 0
 
     def kick(self, timeline: Timeline, captured_txid: int) -> float | None:
         """Start what can be started. Seconds until it is worth calling again after a failure, else None."""
         with self._guard:
-            if self.diverged is not None:
-                return None
+            if self.diverged is not None or self._timeline not in (None, timeline):
+                return None  # whoever begins a timeline kicks for it
             wait_s = self._not_before - self._monotonic()
             if wait_s > 0:
                 return wait_s
@@ -123,6 +122,7 @@ class Shipper:
         """Whose record was just written. Forget what is known of the one before."""
         with self._guard:
             self._era += 1
+            self._timeline = timeline
             self.diverged = None
             self._proven = timeline.number
             self._proven_at = self._monotonic()
@@ -259,8 +259,6 @@ class Shipper:
             gapless = [txid for txid in self._arrived_ms if not waiting or txid < waiting[0].first]
             self.durable_commit_ms = max(self.durable_commit_ms, *(self._arrived_ms.pop(txid) for txid in gapless), 0)
             self.lag_s = max(0.0, (self._now_ms() - commit_ms) / 1000)
-            self.shipped_segments += 1
-            self.shipped_bytes += ref.size_bytes
         self._unblocked()
         log.debug("shipped %s to %s, last commit %s", ref.key, self._store.url, format_time(commit_ms))
 

@@ -9,6 +9,7 @@ database.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import threading
@@ -53,6 +54,7 @@ class Base(msgspec.Struct, frozen=True):
 
     restored: the position is one that a restore put at the path; what is written from there on is another timeline.
     file: the database file when it was last known to belong to the position and the WAL; None when that was not seen.
+    whole: that file alone is the state at the position; nothing of it is in the WAL only.
     """
 
     timeline: Timeline
@@ -62,6 +64,7 @@ class Base(msgspec.Struct, frozen=True):
     source: Source | None
     restored: bool = False
     file: FileStamp | None = None
+    whole: bool = False
 
 
 @dataclass
@@ -76,10 +79,18 @@ class Captured:
     restored: bool
     hashes: StateHashes
     file: FileStamp | None = None
+    whole: bool = False
 
     def base(self) -> Base:
         return Base(
-            self.timeline, self.txid, self.page_size, self.last_commit_ms, self.source, self.restored, self.file
+            self.timeline,
+            self.txid,
+            self.page_size,
+            self.last_commit_ms,
+            self.source,
+            self.restored,
+            self.file,
+            self.whole,
         )
 
 
@@ -214,8 +225,7 @@ class Spool:
             refs = list(self._waits)
             if not refs:
                 return None
-            aside = self.directory / f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-            durable.make_dirs(aside)
+            aside = self._new_aside()
             for ref in reversed(refs):
                 durable.replace(self.path(ref), aside / ref.file_name)
                 del self._waits[ref]
@@ -290,6 +300,14 @@ class Spool:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _new_aside(self) -> Path:
+        """A folder that nothing was set aside in before. Raises OSError."""
+        name = f"{ASIDE_PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        names = (self.directory / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        durable.make_dirs(aside)
+        return aside
+
     def _take_lock(self) -> int:
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -324,6 +342,7 @@ class Spool:
             raise LocalStateDamaged(f"{path} does not give the state that it states")
         captured.txid, captured.page_size = header.last, header.page_size
         captured.last_commit_ms, captured.source = header.last_commit_ms, header.source
+        captured.whole = False
 
 
 def holds_segments(directory: Path) -> bool:
@@ -381,5 +400,13 @@ def _decode_base(data: bytes, directory: Path) -> Captured:
         raise LocalStateDamaged(f"{directory / 'base'} was written by another release: {error}") from error
     hashes = StateHashes.from_bytes(body[12 + head_length :])
     return Captured(
-        base.timeline, base.txid, base.page_size, base.last_commit_ms, base.source, base.restored, hashes, base.file
+        base.timeline,
+        base.txid,
+        base.page_size,
+        base.last_commit_ms,
+        base.source,
+        base.restored,
+        hashes,
+        base.file,
+        base.whole,
     )

@@ -107,15 +107,6 @@ class Stop(StrEnum):
     PAGE_ZERO = "page zero"  # the next frame is for page 0, which does not exist
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """transactions: in commit order. cursor: after the last of them. stopped: why there are no more."""
-
-    transactions: list[Transaction]
-    cursor: Cursor
-    stopped: Stop
-
-
 def parse_header(data: bytes | memoryview) -> WalHeader:
     """The header of a WAL.
 
@@ -136,18 +127,6 @@ def parse_header(data: bytes | memoryview) -> WalHeader:
     if _header_checksum(bytes(data[:24]), header.big_endian) != (header.checksum1, header.checksum2):
         raise _damaged("does not have the checksum that it states")
     return header
-
-
-def scan(frames: bytes | memoryview, at: Cursor) -> Scan:
-    """Committed transactions in consecutive WAL frames.
-
-    frames: whole frames from byte ``at.offset``; a ragged tail is ignored.
-    Returns transactions in commit order, the cursor after the last, and why the scan stopped. Never returns part of a
-    transaction. Source: sqlite.org/fileformat2.html, section 4.
-    """
-    scanner = Scanner(at)
-    transactions = scanner.feed(frames)
-    return Scan(transactions, scanner.cursor, scanner.stopped)
 
 
 def last_image(transactions: Sequence[Transaction]) -> tuple[U32, I64]:

@@ -35,6 +35,7 @@ from watchdog.observers.inotify import InotifyEmitter
 from watchdog.observers.inotify_c import (
     DEFAULT_EVENT_BUFFER_SIZE,
     CallbackId,
+    InotifyConstants,
     InotifyEvent,
     InotifyFD,
     Mask,
@@ -46,11 +47,8 @@ from replicator.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# A folder that appears while its parent is read is registered twice; the second time changes nothing, and watchdog warns at length.
-warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
-
 # watchdog says this, at length, whenever a folder and one in it are made in quick succession; it means nothing.
-warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
 # And this, as an error, whenever a watch ends.
 logging.getLogger("watchdog.observers.inotify").addFilter(
     lambda record: "thread is inactive" not in record.getMessage()
@@ -117,30 +115,34 @@ def companion_of(path: Path) -> Path | None:
 
 @dataclass
 class _Scheduled:
-    """One folder under watch. users: how many databases and folders of ours need it. inode: which folder it was.
+    """One folder under watch. users: how many databases and folders of ours need it. identity: which folder it was.
 
-    watch: None, and inode 0, while the kernel refuses it.
+    watch: None, and no identity, while the kernel refuses it.
     """
 
     watch: ObservedWatch | None
     handler: FileSystemEventHandler
     users: int
-    inode: int
+    identity: _Identity | None
 
 
 _Key = tuple[Path, Folder | None]
+_Identity = tuple[int, int]
 
 
 class CalmInotify(InotifyFD):
     """watchdog's reader of the kernel's queue, at its own pace instead of the writers'. Remembers what the kernel refused to watch.
 
-    on_lost: called when the kernel's queue ran over, so that events were lost.
+    on_lost: called when the kernel's queue ran over, or a file system was unmounted, so that events were or will be lost.
+    unmounted: folders whose watches ended so; the same file system, mounted again, has the same folders.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._read_at = 0.0
         self.refused: dict[Path, str] = {}
+        self.unmounted: set[Path] = set()
+        self._folders: dict[WatchDescriptor, Path] = {}
         self.on_lost: Callable[[], None] = lambda: None
 
     def add_callback(self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId) -> WatchDescriptor:
@@ -152,14 +154,21 @@ class CalmInotify(InotifyFD):
                 self.refused[folder] = _HINTS[error.errno]
             raise
         self.refused.pop(folder, None)
+        self.unmounted.discard(folder)
+        self._folders[added] = folder
         return added
 
     def _ask_kernel(self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId) -> WatchDescriptor:
         return super().add_callback(path, mask, callback, id_)
 
     def handle_event(self, event: InotifyEvent) -> None:
+        is_unmount = bool(event.mask & InotifyConstants.IN_UNMOUNT)
+        if is_unmount and event.wd in self._folders:
+            self.unmounted.add(self._folders[event.wd])
+        if event.is_ignored:
+            self._folders.pop(event.wd, None)
         super().handle_event(event)
-        if event.is_queue_overflow:
+        if event.is_queue_overflow or is_unmount:
             self.on_lost()
 
     def read_events(self, *, event_buffer_size: int = DEFAULT_EVENT_BUFFER_SIZE) -> list[InotifyEvent]:
@@ -240,9 +249,11 @@ class Watch:
         with self._guard:
             self._forget_gone()
             for key, known in self._watches.items():
-                inode = _inode(key[0])
-                if inode != 0 and (inode != known.inode or self._is_partly_refused(key)):
-                    known.inode = 0  # until it is watched again; one that cannot be must not keep the others from it
+                identity = _identity(key[0])
+                if identity is not None and (identity != known.identity or self._has_gaps(key)):
+                    known.identity = (
+                        None  # until it is watched again; one that cannot be must not keep the others from it
+                    )
                     if known.watch is not None:
                         with suppress(KeyError):
                             self._observer.unschedule(known.watch)
@@ -251,16 +262,23 @@ class Watch:
                     except ConfigError as error:
                         log.warning("%s", error)
                         continue
-                    known.watch, known.handler, known.inode = renewed.watch, renewed.handler, renewed.inode
+                    known.watch, known.handler, known.identity = renewed.watch, renewed.handler, renewed.identity
 
     def _forget_gone(self) -> None:
         for refused in list(self._inotify.refused):
             if not refused.is_dir():
                 self._inotify.refused.pop(refused, None)
+        for unmounted in list(self._inotify.unmounted):
+            if not unmounted.is_dir():
+                self._inotify.unmounted.discard(unmounted)
 
-    def _is_partly_refused(self, key: _Key) -> bool:
-        folder = key[1]
-        return folder is not None and any(folder.reaches(refused) for refused in self._inotify.refused)
+    def _has_gaps(self, key: _Key) -> bool:
+        """Whether it, or a folder in it, is not watched (any more)."""
+        path, folder = key
+        unmounted = list(self._inotify.unmounted)
+        if folder is None:
+            return path in unmounted
+        return any(folder.reaches(gap) for gap in [*self._inotify.refused, *unmounted])
 
     def _add(self, key: _Key) -> None:
         with self._guard:
@@ -275,15 +293,15 @@ class Watch:
         handler = _Handler(self._touched, self._appeared, folder)
         events = _TREE_EVENTS if folder else _FILE_EVENTS
         recursive = folder is not None and folder.recursive
-        inode = _inode(path)
+        identity = _identity(path)
         try:
             watch = self._observer.schedule(handler, str(path), recursive=recursive, event_filter=events)
         except OSError as error:
             if error.errno not in _HINTS:
                 raise ConfigError(f"{path} cannot be watched: {error.strerror}") from error
             log.warning("%s cannot be watched: %s", path, _HINTS[error.errno])
-            return _Scheduled(None, handler, 1, 0)
-        return _Scheduled(watch, handler, 1, inode)
+            return _Scheduled(None, handler, 1, None)
+        return _Scheduled(watch, handler, 1, identity)
 
     def _remove(self, key: _Key) -> None:
         with self._guard:
@@ -303,12 +321,13 @@ class Watch:
                 self._observer.unschedule(known.watch)
 
 
-def _inode(path: Path) -> int:
-    """0 when it is not there."""
+def _identity(path: Path) -> _Identity | None:
+    """Device and inode; None when it is not there."""
     try:
-        return path.stat().st_ino
+        status = path.stat()
     except OSError:
-        return 0
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _Handler(FileSystemEventHandler):

@@ -112,10 +112,12 @@ class DatabaseWorker:
         now_ms: Callable[[], int],
         epoch: Callable[[], int] = lambda: 0,
         register: Callable[[], object] = lambda: None,
+        within: Path | None = None,
     ) -> None:
         """epoch: of the lease that allows a new timeline, 0 without one; raises LeaseLost while there must be none.
 
         register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
+        within: a folder that the database must be in, with no symbolic link on the way.
         """
         self.path = path
         self._store = store
@@ -124,8 +126,9 @@ class DatabaseWorker:
         self._now_ms = now_ms
         self._epoch = epoch
         self._register = register
+        self._within = within
         self._spool = Spool(state_directory, now_ms=now_ms)
-        self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
+        self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms, within=within)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
         self.upkeep = Upkeep(store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
@@ -141,6 +144,7 @@ class DatabaseWorker:
         self._wake = wake
         self._begun: origin.Origin | None = None
         self._problem: Exception | None = None
+        self._problem_since = 0.0
         self._spool_full = False
         self._retry_s = RETRY_S
         self._not_before = 0.0
@@ -242,7 +246,7 @@ class DatabaseWorker:
     def _check_present(self, diverged: Diverged) -> None:
         """What waits is thrown away only as long as the database still has it. Raises DatabaseMissing."""
         try:
-            identify(self.path)
+            identify(self.path, self._within)
         except DatabaseMissing:
             if self._spool.waiting():
                 log.warning("%s is gone, and its last commits cannot be shipped: %s", self.path, diverged)
@@ -272,10 +276,10 @@ class DatabaseWorker:
         log.info("%s %s timeline %d: %s", self.path, verb, begun.timeline.number, need.reason)
 
     def _ship(self) -> float | None:
-        timeline, captured = self._capture.timeline, self._capture.position
-        if timeline is None or captured is None or self._closed:
+        reached = self._capture.reached
+        if reached is None or self._closed:
             return None
-        return self._shipper.kick(timeline, captured.txid)
+        return self._shipper.kick(*reached)
 
     def _let_go_if_hopeless(self) -> None:
         """While nothing can be captured, the WAL must not grow without end."""
@@ -289,6 +293,8 @@ class DatabaseWorker:
             log.log(level, "%s", problem)
         if problem is None and self._problem is not None:
             log.info("%s goes on", self.path)
+        if self._problem is None:
+            self._problem_since = time.monotonic()
         self._problem = problem
 
     def _on_upload(self) -> None:
@@ -434,9 +440,16 @@ class DatabaseWorker:
         return self._spool.waiting_s() or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
-        problem = self._problem or self._shipper.problem or self._shipper.diverged
+        held_up = (
+            isinstance(self._problem, DatabaseBusy)
+            and self._captured_step > 0
+            and time.monotonic() - self._problem_since < CATCHING_UP_AFTER_S
+        )  # by a lock of an application, as a rule, which passes in a moment
+        problem = (None if held_up else self._problem) or self._shipper.problem or self._shipper.diverged
         if problem is not None:
             return Protection.NOT_PROTECTED, str(problem)
+        if held_up:
+            return Protection.CATCHING_UP, str(self._problem)
         timeline, waiting = self._capture.timeline, self._spool.waiting()
         if timeline is None or self._captured_for != timeline.number:
             return Protection.CATCHING_UP, "the database is read and compared"

@@ -45,6 +45,7 @@ PURE = {
     "minipaas/model.py",
     "minipaas/plan.py",
     "minipaas/manifest.py",
+    "minipaas/toml_table.py",
 }
 IMPURE = {"os", "socket", "subprocess", "time", "threading", "logging", "random", "shutil", "requests", "urllib"}
 ENTRY_POINTS = {

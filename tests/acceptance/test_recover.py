@@ -222,7 +222,7 @@ def test_an_interrupted_recovery_is_run_again_and_comes_to_the_same_end(
 
 def go_on(node: Node) -> tuple[str, ...]:
     """What its owner types after an interruption: the same again, until the node says that it is one."""
-    if (node.data / "node.toml").exists() and not (node.data / "recovering.json").exists():
+    if (node.data / "node.toml").exists():
         return ("serve",)
     return ("recover", *node.node_options(), "--takeover")
 

@@ -97,6 +97,9 @@ class FakeBackups:
     def forget_volume(self, volume_id: str) -> None:
         self.watched.pop(volume_id, None)
 
+    def discard_volume(self, volume_id: str) -> None:
+        assert volume_id not in self.watched
+
     def sync_volume(self, volume_id: str, timeout_s: float) -> None:
         self.on_sync()
         if self.unreachable:
@@ -353,6 +356,7 @@ class Live:
         self.uploads.clean()
         self.bucket_away = False
         self.before_push: Callable[[], object] = lambda: None
+        self.pushed: list[str] = []
         images = stage.engine.images
         self.platform = Platform(
             Parts(
@@ -370,6 +374,7 @@ class Live:
 
     def _push_image(self, tag: str) -> str:
         self.before_push()
+        self.pushed.append(tag)
         if self.bucket_away:
             raise StoreUnavailable("the bucket does not answer")
         scratch = self.stage.directory / "scratch"

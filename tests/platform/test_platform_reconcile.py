@@ -207,6 +207,25 @@ def test_destroy_stops_the_app_and_keeps_its_files_until_the_time_is_over(stage:
     assert (stage.state.apps(), stage.state.volumes()) == ([], [])
 
 
+def test_nothing_is_known_of_an_app_that_was_purged(stage: Stage) -> None:
+    stage.want(GUESTBOOK)
+    stage.settle()
+    stage.world.facts.set_trouble("guestbook", "its volume is another disk, which is not deleted")
+    stage.state.destroy_app("guestbook", 0)
+    stage.now_ms += 1
+    stage.settle()
+    assert stage.state.apps() == []
+    assert (stage.world.facts.troubles(), stage.world.facts.subjects()) == ({}, frozenset())
+
+
+def test_starts_and_words_of_machines_that_were_replaced_are_forgotten(stage: Stage) -> None:
+    for _ in range(3):
+        stage.want(GUESTBOOK)
+        stage.engine.fake.faults.crash["localhost/minipaas/guestbook:v2"] = 1
+        stage.settle()
+    assert stage.world.facts.subjects() == {machine.id for machine in stage.state.machines("guestbook")}
+
+
 def test_an_app_that_is_destroyed_and_deployed_again_has_its_data(stage: Stage) -> None:
     stage.want(GUESTBOOK)
     stage.settle()

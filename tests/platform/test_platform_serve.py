@@ -309,6 +309,36 @@ def test_down_ends_apps_and_edge_and_ships_what_they_wrote_last(settings: Settin
     ]
 
 
+def test_down_names_what_is_not_durable_and_what_was_left_out(settings: Settings, host: Host) -> None:
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_guestbook(server, host)
+    (volume,) = server.state.volumes()
+    server.stop()
+    directory = settings.volume_dir(volume.app, volume.name)
+    directory.rename(directory.with_name("away"))
+    host.backups.unreachable = True
+    said: list[str] = []
+    stop_everything(settings, host.wiring, said.append)
+    assert said[1].startswith("left out, and perhaps NOT durable: guestbook/data: its directory is gone")
+    assert said[2:] == [
+        "NOT durable yet: the state: not everything of the state is in the bucket",
+        "the edge and the engine service have ended",
+    ]
+
+
+def test_a_volume_that_is_being_restored_is_named_by_stop_and_by_down(settings: Settings, host: Host) -> None:
+    server = Server(settings, host.wiring)
+    server.start()
+    deploy_guestbook(server, host)
+    server.reconciler.stop(5)
+    (volume,) = server.state.volumes()
+    server.state.set_volume_state(volume.id, "restoring")
+    said = server.stop()
+    stop_everything(settings, host.wiring, said.append)
+    assert said.count("left out: guestbook/data is not yet restored from the bucket") == 2
+
+
 # -- the lease of the bucket
 
 

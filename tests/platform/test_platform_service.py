@@ -9,7 +9,7 @@ from platform_support import GUESTBOOK, OWNER, SITE, Live, until
 
 from minipaas.access import Action, Principal, authorise
 from minipaas.engine.fake import make_image
-from minipaas.errors import BadRequest, BuildFailed, DeployFailed, Forbidden, NotFound, Unavailable
+from minipaas.errors import BadRequest, BuildFailed, DeployFailed, Forbidden, NotFound, PlatformError, Unavailable
 from minipaas.service import DeployRequest, Progress, SecretsChange
 from minipaas.sources import Source
 from minipaas.workload import container_name
@@ -52,6 +52,21 @@ def test_a_bucket_that_is_away_refuses_a_deploy_and_the_old_release_serves(live:
         live.platform.deploy(OWNER, "guestbook", request_of(live))
     assert live.platform.app(OWNER, "guestbook").release == 1
     assert len(live.platform.releases(OWNER, "guestbook")) == 1
+
+
+def test_an_app_that_is_destroyed_while_it_is_deployed_leaves_no_image(live: Live) -> None:
+    live.before_push = lambda: live.platform.destroy(OWNER, "guestbook")
+    with pytest.raises(NotFound, match="was destroyed while it was deployed"):
+        live.platform.deploy(OWNER, "guestbook", request_of(live))
+    (tag,) = live.pushed
+    assert not live.stage.engine.images.exists(tag)
+
+
+def test_the_upload_of_a_deploy_that_is_refused_is_not_kept(live: Live) -> None:
+    for name, manifest in (("guestbook", "not toml"), ("Guest Book", GUESTBOOK), ("other", GUESTBOOK)):
+        with pytest.raises(PlatformError):
+            live.platform.deploy(OWNER, name, request_of(live, manifest))
+    assert list(live.uploads._directory.iterdir()) == []
 
 
 def test_an_upload_that_is_gone_is_to_be_sent_again(live: Live) -> None:

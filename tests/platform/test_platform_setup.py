@@ -6,9 +6,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +18,9 @@ from minipaas import cli
 from minipaas.errors import BadName, BadRequest
 from minipaas.model import check_domain, check_name
 from minipaas.sealing import Identity
-from minipaas.settings import check_listens, listen_address, read_credentials, read_settings
+from minipaas.settings import check_listens, listen_address, read_credentials, read_settings, write_private
 from minipaas.setup import SetupRequest, disk_warning, setup
+from replicator import ObjectInfo
 from replicator.store.memory import MemoryStore
 
 Run = Callable[..., str]
@@ -122,6 +125,57 @@ def test_a_folder_on_the_same_disk_is_warned_of_and_one_within_the_node_refused(
         disk_warning(f"file://{data_dir}/bucket", data_dir)
 
 
+# -- a bucket that does not keep its word
+
+
+def request_for(directory: Path) -> SetupRequest:
+    return SetupRequest(
+        data_dir=directory / "data",
+        run_dir=directory,
+        bucket="s3://b",
+        node="a",
+        region="ams",
+        api_listen="127.0.0.1:0",
+    )
+
+
+class Forgetful:
+    """A store that takes no notice of one condition."""
+
+    def __init__(self, ignored: str) -> None:
+        self._inner, self._ignored = MemoryStore(), ignored
+        self.url = "s3://forgetful"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def put(self, key: str, body: bytes | Path, **conditions: Any) -> ObjectInfo:
+        conditions.pop(self._ignored, None)
+        return self._inner.put(key, body, **conditions)
+
+
+@pytest.mark.parametrize(("ignored", "named"), [("if_none_match", "If-None-Match"), ("if_match", "If-Match")])
+def test_a_store_that_ignores_a_condition_is_refused_by_its_name(tmp_path: Path, ignored: str, named: str) -> None:
+    bucket = Forgetful(ignored)
+    with pytest.raises(BadRequest, match=f"s3://forgetful ignores {named},"):
+        setup(request_for(tmp_path), bucket, 1000)
+    assert list(bucket.list()) == []
+    assert not (tmp_path / "data").exists()
+
+
+# -- files of a node
+
+
+def test_a_file_that_several_write_at_once_holds_what_one_of_them_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "private"
+    texts = [letter * 1000 for letter in "abc"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(lambda text: [write_private(path, text) for _ in range(30)], texts))
+    assert path.read_text() in texts
+    assert [each.name for each in tmp_path.iterdir()] == ["private"]
+    assert (path.stat().st_mode & 0o777) == 0o600
+
+
 # -- names and addresses
 
 
@@ -185,10 +239,7 @@ def test_two_addresses_clash_when_they_are_one_port(first: str, second: str, cla
 
 
 def test_a_node_toml_that_was_edited_is_checked_alike(tmp_path: Path) -> None:
-    request = SetupRequest(
-        data_dir=tmp_path / "data", run_dir=tmp_path, bucket="s3://b", node="a", region="ams", api_listen="127.0.0.1:0"
-    )
-    setup(replace(request, domain="apps.test"), MemoryStore(), 1000)
+    setup(replace(request_for(tmp_path), domain="apps.test"), MemoryStore(), 1000)
     path = tmp_path / "data" / "node.toml"
     path.write_text(path.read_text().replace("apps.test", "Apps Test"))
     with pytest.raises(BadRequest, match=r"node.toml: 'Apps Test' is not a domain"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import apsw
@@ -119,6 +120,27 @@ def test_only_the_newest_local_token_of_a_node_is_known(stage: Stage) -> None:
     data = b"".join(path.read_bytes() for path in stage.directory.glob("state.db*"))
     assert second.encode() not in data
     assert ((stage.directory / "token").stat().st_mode & 0o777) == 0o600
+
+
+def test_whose_token_it_is_can_be_told_while_the_state_is_held(stage: Stage) -> None:
+    token = issue_local_token(stage.state, stage.directory, 1, "a")
+    stage.want(GUESTBOOK, secrets={"KEY": "s3cret"})
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask(sealed: bytes) -> bytes:
+            asked = pool.submit(lambda: authenticate(stage.state.tokens(), f"Bearer {token}").name)
+            told.append(asked.result(2))
+            return sealed
+
+        stage.state.reseal(ask)
+    assert told == ["owner of a"]
+
+
+def test_tokens_survive_the_state_being_opened_again(stage: Stage) -> None:
+    token = issue_local_token(stage.state, stage.directory, 1, "a")
+    stage.reboot()
+    assert authenticate(stage.state.tokens(), f"Bearer {token}").name == "owner of a"
 
 
 def test_an_app_that_is_not_there_is_not_found(stage: Stage) -> None:

@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import apsw
 import pytest
 from platform_support import GUESTBOOK, NODE, OWNER, Killed, Live, Stage, until
 
 from minipaas import volumes
+from minipaas.backups import BucketBackups
 from minipaas.errors import Unavailable
 from minipaas.model import Volume
 from minipaas.ops import PurgeVolume
 from minipaas.settings import Settings
 from minipaas.workload import container_name
+from replicator.store.memory import MemoryStore
 
 VOLUME = Volume(id="vol_1", app="guestbook", name="data", node=NODE.id, created_ms=1, state="created")
 
@@ -31,11 +34,39 @@ def directory(settings: Settings) -> Path:
     made = volumes.make(settings, VOLUME)
     volumes.mark(settings, VOLUME)
     (made / "app.db").write_bytes(b"rows")
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
     return made
 
 
+def missing(settings: Settings) -> str:
+    """What a look says; as at every step of the reconciler, what was found is adopted."""
+    sight = volumes.look(settings, VOLUME)
+    if sight.seen is not None:
+        volumes.adopt(settings, VOLUME, sight.seen)
+    return sight.missing
+
+
 # -- the mark
+
+
+def test_a_look_writes_nothing(settings: Settings, directory: Path) -> None:
+    (mark,) = directory.parent.glob(".*.volume")
+    mark.unlink()
+    assert volumes.look(settings, VOLUME).missing == ""
+    assert not mark.exists()
+
+
+def test_a_disk_that_goes_after_the_look_is_missing_at_the_next(
+    settings: Settings, directory: Path, mount: Callable[[Path], None], unmount: Callable[[Path], None]
+) -> None:
+    (directory / "app.db").unlink()
+    mount(directory)
+    (directory / "app.db").write_bytes(b"on the disk")
+    sight = volumes.look(settings, VOLUME)
+    unmount(directory)
+    assert sight.seen is not None
+    volumes.adopt(settings, VOLUME, sight.seen)
+    assert "its disk is not mounted" in volumes.look(settings, VOLUME).missing
 
 
 def test_a_volume_leaves_nothing_in_its_own_directory(directory: Path) -> None:
@@ -44,48 +75,48 @@ def test_a_volume_leaves_nothing_in_its_own_directory(directory: Path) -> None:
 
 def test_a_volume_whose_app_deleted_everything_is_not_missing(settings: Settings, directory: Path) -> None:
     (directory / "app.db").unlink()
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
 
 
 def test_an_empty_directory_in_the_place_of_a_volume_is_not_the_volume(settings: Settings, directory: Path) -> None:
     directory.rename(directory.with_name("away"))
-    assert "is gone" in volumes.missing(settings, VOLUME)
+    assert "is gone" in missing(settings)
     directory.mkdir()
     (directory / "lost+found").mkdir()
-    assert "another directory" in volumes.missing(settings, VOLUME)
+    assert "another directory" in missing(settings)
     shutil.rmtree(directory)
     directory.with_name("away").rename(directory)
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
 
 
 def test_the_files_of_a_volume_may_be_copied_to_another_directory(settings: Settings, directory: Path) -> None:
     shutil.copytree(directory, directory.with_name("copy"))
     shutil.rmtree(directory)
     directory.with_name("copy").rename(directory)
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
 
 
 def test_a_volume_from_before_marks_is_taken_when_it_holds_something(settings: Settings, directory: Path) -> None:
     for mark in directory.parent.glob(".*.volume"):
         mark.unlink()
     (directory / "app.db").rename(directory.parent / "app.db")
-    assert "has no mark" in volumes.missing(settings, VOLUME)
+    assert "has no mark" in missing(settings)
     (directory.parent / "app.db").rename(directory / "app.db")
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
     (directory / "app.db").unlink()
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
 
 
 def test_what_was_on_a_disk_of_its_own_is_missing_without_it_whatever_lies_below(
     settings: Settings, directory: Path, mount: Callable[[Path], None], unmount: Callable[[Path], None]
 ) -> None:
     mount(directory)
-    assert "another directory" in volumes.missing(settings, VOLUME)  # a new disk over the files that are there
+    assert "another directory" in missing(settings)  # a new disk over the files that are there
     (directory / "app.db").write_bytes(b"moved here")
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
     unmount(directory)
     assert (directory / "app.db").read_bytes() == b"rows"
-    assert "its disk is not mounted" in volumes.missing(settings, VOLUME)
+    assert "its disk is not mounted" in missing(settings)
     with pytest.raises(Unavailable, match="another disk"):
         mount(directory)
         volumes.set_aside(settings, VOLUME)
@@ -96,7 +127,7 @@ def test_a_mark_that_is_damaged_or_of_another_volume_counts_for_nothing(
     settings: Settings, directory: Path, damage: bytes
 ) -> None:
     next(directory.parent.glob(".*.volume")).write_bytes(damage)
-    assert volumes.missing(settings, VOLUME) == ""
+    assert missing(settings) == ""
 
 
 # -- an app whose volume is missing
@@ -212,6 +243,33 @@ def test_an_app_that_is_brought_back_while_its_volume_is_deleted_keeps_it(stage:
     stage.want(GUESTBOOK)
     stage.settle()
     assert stage.routed_to() == ["v2"]
+
+
+def test_nothing_of_a_volume_that_is_deleted_stays_on_the_disk(stage: Stage) -> None:
+    stage.want(GUESTBOOK)
+    stage.settle()
+    volume, bucket = stage.state.volumes()[0], MemoryStore()
+    directory = stage.world.directory(volume)
+    backups = BucketBackups(stage.settings, bucket, bucket, lambda: 0)
+    backups.start()
+    backups.watch_volume(volume.id, directory)
+    connection = apsw.Connection(str(directory / "app.db"))
+    connection.execute(
+        "PRAGMA journal_mode=wal; CREATE TABLE entries (text); INSERT INTO entries VALUES ('dear diary')"
+    )
+    backups.sync_volume(volume.id, 10)
+    connection.close()
+    assert places_of(volume.id, stage.directory) != []
+    stage.state.destroy_app("guestbook", 0)
+    stage.now_ms += 1
+    PurgeVolume(volume).apply(replace(stage.world, backups=backups))
+    backups.stop(5)
+    assert (stage.state.volumes(), directory.exists(), places_of(volume.id, stage.directory)) == ([], False, [])
+    assert any(volume.id in each.key for each in bucket.list())
+
+
+def places_of(volume_id: str, directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.name == volume_id]
 
 
 def test_killed_before_the_state_forgets_the_volume_it_comes_back_whole_or_goes_whole(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -21,7 +22,9 @@ from replicator.errors import DatabaseError, StoreDenied, StoreUnavailable
 from replicator.layout import SegmentRef, segments_of
 from replicator.replica import Replica
 from replicator.restore import RestoreOptions
+from replicator.scheduler import Crew
 from replicator.segment import SegmentReader
+from replicator.ship import Shipper
 from replicator.spool import Spool
 from replicator.store.memory import MemoryStore
 from replicator.values import Position
@@ -522,6 +525,23 @@ def test_an_exclusive_application_is_named_and_captured_when_it_lets_go(
     assert restored_rows(store, tmp_path) == [1, 2, 3]
 
 
+def test_a_lock_that_passes_in_a_moment_does_not_make_a_database_unprotected(
+    path: Path, store: MemoryStore, tmp_path: Path
+) -> None:
+    with rig(path, store) as live:
+        make(path, 3)
+        live.settle()
+        live.worker._capture.let_go()
+        with app(path, "locking_mode=exclusive", "journal_mode=wal") as writer:
+            writer.insert(1)
+            live.step()
+            status = live.worker.status()
+            assert status.protection is Protection.CATCHING_UP and "locking_mode=EXCLUSIVE" in status.reason
+            writer.close()
+        live.settle()
+    assert restored_rows(store, tmp_path) == [1, 2, 3, 4]
+
+
 # -- another file ------------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +549,85 @@ def make(path: Path, count: int) -> None:
     with app(path, "journal_mode=wal") as other:
         other.insert(count)
         other.close()
+
+
+def let_rest(live: Rig, path: Path) -> None:
+    def is_at_rest() -> bool:
+        live.step()
+        return not Path(f"{path}-wal").exists() and not Path(f"{path}-shm").exists()
+
+    wait_for(is_at_rest, what="the end of the WAL and its index")
+
+
+@pytest.fixture
+def resting(path: Path, store: MemoryStore, writer: App, live: Rig) -> Rig:
+    """Whose application has gone."""
+    writer.insert(5)
+    live.settle()
+    writer.close()
+    let_rest(live, path)
+    return live
+
+
+def test_a_database_that_nobody_has_open_is_closed_and_goes_on_without_a_comparison(
+    path: Path, store: MemoryStore, resting: Rig, tmp_path: Path
+) -> None:
+    for n in range(1, 4):
+        assert resting.step() is None and not Path(f"{path}-shm").exists(), "there is nothing to open it for"
+        with app(path) as writer:
+            writer.insert(10)
+            resting.settle()
+            writer.close()
+        let_rest(resting, path)
+        assert len(restored_rows(store, tmp_path)) == 25 + n * 10
+    assert resting.figures.rebases == 1
+    resting.close()
+    assert_same_as_source(store, path, tmp_path)
+
+
+def test_a_database_that_rests_is_not_opened_by_a_restart(path: Path, store: MemoryStore, resting: Rig) -> None:
+    before = resting.worker.status().durable
+    resting.close()
+    with rig(path, store) as live:
+        assert live.settle() == before
+        assert live.figures.rebases == 0 and not Path(f"{path}-shm").exists()
+        with app(path) as writer:
+            writer.insert(1)
+            live.settle()
+        assert live.figures.rebases == 0
+
+
+def test_who_comes_and_goes_while_a_database_rests_costs_one_comparison_and_then_none(
+    path: Path, store: MemoryStore, resting: Rig, tmp_path: Path
+) -> None:
+    """A program that is there for one commit would otherwise have the whole database read each time."""
+    for n in range(1, 4):
+        with app(path) as visitor:
+            visitor.insert(1)
+            visitor.close()
+        assert Path(f"{path}-wal").exists() == (n > 1)
+        resting.settle()
+        assert len(restored_rows(store, tmp_path)) == 25 + n
+    assert resting.figures.rebases == 2
+
+
+@pytest.mark.parametrize("attributes", [[], ["-p"]], ids=["cp", "cp -p"])
+def test_a_file_that_is_copied_over_a_database_that_rests_is_compared(
+    path: Path, store: MemoryStore, resting: Rig, tmp_path: Path, attributes: list[str]
+) -> None:
+    backup = tmp_path / "backup.db"
+    subprocess.run(["cp", "-p", str(path), str(backup)], check=True)
+    with app(path) as writer:
+        writer.run("UPDATE ledger SET body = 'new'")
+        resting.settle()
+        writer.close()
+    let_rest(resting, path)
+    subprocess.run(["cp", *attributes, str(backup), str(path)], check=True)
+    with app(path) as writer:
+        writer.insert(1)
+        resting.settle()
+    resting.close()
+    assert_same_as_source(store, path, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["replaced", "made anew", "made anew later"])
@@ -539,12 +638,11 @@ def test_another_file_at_the_path_is_another_timeline_and_both_come_back(
         live.settle()
         writer.insert(5)
         other = path.with_name("other.db")
-        make(other, 3)
+        make(other, 300)
+        assert other.stat().st_size > path.stat().st_size
         if how == "replaced":
             writer.close()
-            live.step()
-            live.step()
-            assert Path(f"{path}-wal").stat().st_size == 0, "or its frames would be applied to the new file"
+            let_rest(live, path)
         else:
             path.unlink()
             Path(f"{path}-wal").unlink()
@@ -554,9 +652,12 @@ def test_another_file_at_the_path_is_another_timeline_and_both_come_back(
             assert "no such file" in live.worker.status().reason
         writer.kill() if how != "replaced" else None
         other.rename(path)
+        if how == "replaced":
+            with app(path) as reader:
+                assert reader.run("PRAGMA integrity_check", "SELECT count(*) FROM ledger") == [300]
         position = live.settle()
         assert position.timeline == 2
-        assert restored_rows(store, tmp_path) == [1, 2, 3]
+        assert restored_rows(store, tmp_path) == list(range(1, 301))
         (_, first), (parent, fork) = timelines(store)
         assert (first, parent) == (None, 1) and fork is not None
         kept = rows(restored(store, tmp_path, RestoreOptions(position=Position(1, fork))))
@@ -588,9 +689,12 @@ def test_closing_an_old_file_leaves_the_wal_of_the_new_one_alone(
 ) -> None:
     make(path, 5)
     with rig(path, store) as live:
-        live.settle()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{path}{suffix}").unlink()
+        with app(path) as opened:
+            opened.insert(1)
+            live.settle()
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{path}{suffix}").unlink()
+            opened.kill()
         with app(path, "journal_mode=wal") as writer:
             writer.insert(7)
             live.settle()
@@ -895,6 +999,56 @@ def test_damaged_local_state_keeps_what_never_reached_the_store(
         assert live.settle().timeline == 1
     (aside,) = state.glob(".aside-*")
     assert [(file.name, file.read_bytes()) for file in aside.iterdir()] == [(waiting.name, tail)]
+
+
+@pytest.fixture
+def tail(path: Path, store: MemoryStore, writer: App, tmp_path: Path) -> Path:
+    """A local state in which one segment waits."""
+    state = tmp_path / "state"
+    with rig(path, store, state=state) as live:
+        live.settle()
+        store.fail_next("put", StoreUnavailable("down"), times=1000)
+        writer.insert(1)
+        live.step()
+    return state
+
+
+def test_segments_without_a_base_of_a_database_that_is_gone_are_set_aside(
+    path: Path, store: MemoryStore, writer: App, tail: Path
+) -> None:
+    """A crash in the middle of discarding leaves them; there is no timeline that they could be shipped to."""
+    writer.kill()
+    (tail / "base").unlink()
+    path.unlink()
+    with rig(path, store, state=tail) as live:
+        live.step()
+        assert live.worker.is_finished
+    assert len(list(tail.glob(".aside-*/*.seg"))) == 1
+
+
+def test_what_is_set_aside_again_within_a_second_replaces_nothing(tail: Path) -> None:
+    (waiting,) = (tail / "spool").iterdir()
+    copy, asides = waiting.read_bytes(), set()
+    for _ in range(3):
+        waiting.write_bytes(copy)
+        spool = Spool(tail)
+        asides.add(spool.set_aside())
+        spool.close()
+    assert len(asides) == len(list(tail.glob(".aside-*/*.seg"))) == 3
+
+
+def test_a_kick_for_a_timeline_that_has_been_left_starts_nothing(tail: Path) -> None:
+    """An upload that has just ended may still have read the one before."""
+    spool, store, crew = Spool(tail), MemoryStore(), Crew(1, "kick-upload")
+    shipper = Shipper(spool, store, crew, lambda: None, now_ms=lambda: 0)
+    left = spool.load()
+    assert left is not None
+    shipper.begin_timeline(dataclasses.replace(left.timeline, number=2))
+    shipper.kick(left.timeline, left.txid)
+    assert shipper.idle
+    assert crew.stop(5)
+    spool.close()
+    assert store.calls == []
 
 
 def test_a_tail_that_is_set_aside_half_way_leaves_a_queue_without_a_hole(

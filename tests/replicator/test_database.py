@@ -234,3 +234,35 @@ def test_another_wal_at_the_path_is_not_deleted_when_the_database_is_closed(tmp_
     wal.write_bytes(b"of an application")
     database.close()
     assert wal.read_bytes() == b"of an application"
+
+
+def test_a_link_that_takes_the_place_of_a_folder_leads_to_no_database_outside(tmp_path: Path, writer: App) -> None:
+    volume, host = tmp_path / "volume", tmp_path / "host"
+    for folder in (volume / "sub", host):
+        folder.mkdir(parents=True)
+        with app(folder / "x.db", "journal_mode=wal") as maker:
+            maker.insert(1)
+    inside = LiveDatabase(volume / "sub" / "x.db", volume)
+    (volume / "sub").rename(volume / "old")
+    (volume / "sub").symlink_to(host)
+    assert not inside.still_at_path()
+    inside.close()
+    with pytest.raises(DatabaseMissing):
+        LiveDatabase(volume / "sub" / "x.db", volume)
+    LiveDatabase(volume / "old" / "x.db", volume).close()
+
+
+def test_what_sqlite_opens_must_be_the_file_that_was_looked_at(tmp_path: Path, path: Path, writer: App) -> None:
+    """A link may be there for just that moment."""
+    database = LiveDatabase(path, path.parent)
+    try:
+        with app(tmp_path / "hosts.db", "journal_mode=wal") as other:
+            other.insert(1)
+            other.close()
+        path.rename(path.with_name("away.db"))
+        (tmp_path / "hosts.db").rename(path)
+        with pytest.raises(DatabaseBusy, match="was replaced while it was opened"):
+            database._connect()
+    finally:
+        path.with_name("away.db").rename(path)
+        database.close()

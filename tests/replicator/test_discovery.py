@@ -77,7 +77,7 @@ def test_a_database_that_is_called_like_a_companion_is_replicated(
     if not before:
         make(data / name)
     wait_for(lambda: protected(replicator) == {name})
-    assert restored_rows(catalogue.replica_of(store, Path(name)), tmp_path) == [1]
+    wait_for(lambda: restored_rows(catalogue.replica_of(store, Path(name)), tmp_path) == [1])
     connection = apsw.Connection(str(data / name))
     connection.execute("INSERT INTO ledger(body) VALUES ('y')")
     wait_for(lambda: restored_rows(catalogue.replica_of(store, Path(name)), tmp_path) == [1, 2])

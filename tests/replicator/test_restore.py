@@ -188,12 +188,16 @@ def test_a_time_before_the_first_commit_is_refused_with_the_first(replica: Repli
         restore(replica.store, target, RestoreOptions(at_ms=T0_MS))
 
 
+def position_at(replica: Replica, at_ms: int, timeline: int | None = None) -> tuple[Position, int]:
+    return replica.find_position(replica.timelines(), replica.segments(), at_ms, timeline)
+
+
 def test_of_commits_in_the_same_millisecond_the_last_is_taken(store: MemoryStore, states: list[bytes]) -> None:
     builder = ReplicaBuilder(store, times={Position(1, txid): T0_MS for txid in (1, 2, 3)})
     builder.snapshot(Position(1, 1), states[0])
     for txid in (2, 3, 4):
         builder.commit(Position(1, txid), states[txid - 1])
-    assert Replica(store).position_at(T0_MS) == (Position(1, 3), T0_MS)
+    assert position_at(Replica(store), T0_MS) == (Position(1, 3), T0_MS)
 
 
 def test_a_time_is_found_with_few_requests(store: MemoryStore, states: list[bytes]) -> None:
@@ -202,7 +206,7 @@ def test_a_time_is_found_with_few_requests(store: MemoryStore, states: list[byte
     for txid in range(2, 1001):
         builder.commit(Position(1, txid), states[txid % 2])
     before = Counter(operation for operation, _ in store.calls)
-    assert Replica(store).position_at(T0_MS + 700 * STEP_MS)[0] == Position(1, 700)
+    assert position_at(Replica(store), T0_MS + 700 * STEP_MS)[0] == Position(1, 700)
     asked = Counter(operation for operation, _ in store.calls) - before
     assert asked["get"] <= 12 and asked["list"] == 2
 
@@ -242,11 +246,11 @@ def test_the_last_timeline_is_the_default(forked: ReplicaBuilder, target: Path, 
 
 def test_a_time_follows_the_path_of_the_timeline(forked: ReplicaBuilder) -> None:
     replica = Replica(forked.store)
-    assert replica.position_at(T0_MS + 4 * STEP_MS)[0] == Position(1, 4)
-    assert replica.position_at(T0_MS + 10 * STEP_MS)[0] == Position(1, 6)
-    assert replica.position_at(T0_MS + 10 * STEP_MS, timeline=1)[0] == Position(1, 10)
-    assert replica.position_at(T0_MS + 150 * STEP_MS)[0] == Position(2, 8)
-    assert replica.position_at(T0_MS + 200 * STEP_MS)[0] == Position(3, 9)
+    assert position_at(replica, T0_MS + 4 * STEP_MS)[0] == Position(1, 4)
+    assert position_at(replica, T0_MS + 10 * STEP_MS)[0] == Position(1, 6)
+    assert position_at(replica, T0_MS + 10 * STEP_MS, timeline=1)[0] == Position(1, 10)
+    assert position_at(replica, T0_MS + 150 * STEP_MS)[0] == Position(2, 8)
+    assert position_at(replica, T0_MS + 200 * STEP_MS)[0] == Position(3, 9)
 
 
 def test_a_new_timeline_without_commits_is_at_its_fork(forked: ReplicaBuilder, states: list[bytes]) -> None:
@@ -430,9 +434,9 @@ def test_a_damaged_header_does_not_hide_another_moment(replica: ReplicaBuilder) 
     for txid in range(5, 9):
         replica.damage(level0(txid), lambda body: flip(body, 70))
     at_9 = T0_MS + 9 * STEP_MS
-    assert Replica(replica.store).position_at(at_9)[0] == Position(1, 9)
+    assert position_at(Replica(replica.store), at_9)[0] == Position(1, 9)
     with pytest.raises(SegmentDamaged):
-        Replica(replica.store).position_at(at_9 - 1)
+        position_at(Replica(replica.store), at_9 - 1)
 
 
 def test_a_database_that_was_corrupt_at_its_source_is_refused_unless_unchecked(

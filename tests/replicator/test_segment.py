@@ -150,7 +150,6 @@ def test_reading_gives_exactly_what_was_written(case: tuple[SegmentHeader, list[
     reader = SegmentReader(lambda offset, length: data[offset : offset + length], len(data), tail=tail)
     assert reader.header == read_header(data) == SegmentHeader.decode(header.encode()) == header
     assert [(n, bytes(page)) for n, page in reader.pages()] == [(n, content(n, header.page_size)) for n in page_nos]
-    assert reader.total_pages == len(page_nos)
     for page_no in page_nos[:3] + page_nos[-3:]:
         assert reader.page(page_no) == content(page_no, header.page_size)
 
@@ -164,9 +163,6 @@ def test_reading_at_random_gives_the_same_as_reading_in_order(page_nos: set[int]
     assert of_groups == in_order
     for page_no in random.Random(0).sample(range(-1, 3010), 50):
         assert reader.page(page_no) == in_order.get(page_no)
-        group = reader.group_of(page_no)
-        assert (group is not None) == (page_no in in_order)
-        assert group is None or page_no in group.page_nos
 
 
 def test_a_segment_that_crosses_the_lock_page_grows_the_database_around_it() -> None:

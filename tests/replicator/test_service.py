@@ -216,11 +216,13 @@ def test_while_nothing_changes_no_request_is_made_and_no_thread_runs(
         replicator.add_folder(Folder(data), bucket.store)
         replicator.sync_folder(data, 20)
         wait_for(lambda: all(is_durable(replicator, status.path) for status in replicator.status()))
+        wait_for(lambda: not list(data.glob("[0-9]*.db-shm")))
         time.sleep(0.7)  # events of our own opening and of the spools; this is a measurement, not a wait
         requests, cpu = len(bucket.store.calls), time.process_time()
         time.sleep(2)
         assert len(bucket.store.calls) == requests
         assert time.process_time() - cpu < 0.05
+        assert not list(data.glob("[0-9]*.db-shm")), "nothing opens what nobody uses"
 
 
 def test_a_commit_on_an_idle_database_is_in_the_store_within_200_ms(
@@ -474,6 +476,25 @@ def test_a_folder_that_is_moved_in_or_away_counts(
     wait_for(lambda: not replicator.status())
 
 
+def test_a_link_in_place_of_a_folder_leads_to_nothing_of_the_folder(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    """Whoever may write to the folder could have any database of the host copied as its own."""
+    volume, host = data / "volume", data / "host"
+    for folder, count in ((volume / "sub", 3), (host, 5)):
+        folder.mkdir(parents=True)
+        make(folder / "x.db", count)
+    replicator.add_folder(Folder(volume), bucket.store, state=tmp_path / "state")
+    replicator.sync_folder(volume, 10)
+    (volume / "sub").rename(volume / "old")
+    (volume / "sub").symlink_to(host)
+    wait_for(lambda: [status.path for status in replicator.status()] == [volume / "old" / "x.db"])
+    replicator.sync_folder(volume, 10)
+    replica = catalogue.replica_of(bucket.store, Path("sub/x.db"))
+    assert restored_rows(replica, tmp_path) == [1, 2, 3]
+    assert list(host.iterdir()) == [host / "x.db"]
+
+
 def test_owner_and_mode_in_the_catalogue_follow_the_file_and_cost_no_request_while_they_stay(
     bucket: Bucket, data: Path
 ) -> None:
@@ -717,7 +738,49 @@ def test_a_database_that_is_open_in_this_process_is_not_checkpointed_after_every
         sizes.append(Path(f"{path}-wal").stat().st_size)
     assert sizes == sorted(sizes) and sizes[0] > 0, "it was never emptied"
     application.close()
-    wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0)
+    replicator.sync(path, 10)  # no event tells of an application that was not there for the kernel
+    wait_for(lambda: not Path(f"{path}-wal").exists())
+
+
+def test_a_bigger_file_in_place_of_a_closed_database_is_whole_for_its_application_and_in_the_store(
+    replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
+) -> None:
+    path, other = data / "app.db", data / "new.db"
+    with app(path, "journal_mode=wal") as writer:
+        writer.insert(20)
+        replicator.add(path, bucket.store, settings=FAST)
+        replicator.sync(path, 10)
+        writer.insert(20)
+        writer.close()
+    make(other, 1000)
+    wait_for(lambda: not Path(f"{path}-wal").exists() and not Path(f"{path}-shm").exists(), 1.0)
+    other.rename(path)
+    with app(path) as writer:
+        writer.insert(1)
+        assert writer.run("PRAGMA integrity_check") == ["ok"]
+        assert writer.run("SELECT count(*) FROM ledger") == [1001]
+        replicator.sync(path, 10)
+    assert len(restored_rows(bucket.store, tmp_path)) == 1001
+
+
+def test_the_first_commit_on_a_database_that_rests_is_in_the_store_within_200_ms(
+    replicator: Replicator, bucket: Bucket, data: Path
+) -> None:
+    path, arrivals = data / "app.db", []
+    make(path)
+    replicator.add(path, bucket.store, settings=WorkerSettings(interval_s=0.01))
+    replicator.sync(path, 10)
+    for _ in range(5):
+        wait_for(lambda: is_durable(replicator, path) and not Path(f"{path}-shm").exists())
+        before = status_of(replicator, path).durable
+        with app(path) as writer:
+            writer.run("SELECT 1 FROM ledger")
+            began = time.monotonic()
+            writer.insert(1)
+            wait_for(lambda before=before: status_of(replicator, path).durable != before)
+            arrivals.append(time.monotonic() - began)
+            writer.close()
+    assert statistics.median(arrivals) < 0.2
 
 
 def test_a_stop_leaves_no_descriptor_and_no_thread(bucket: Bucket, data: Path) -> None:
@@ -980,7 +1043,7 @@ def test_a_file_that_was_copied_over_in_place_is_compared_and_never_mixed(tmp_pa
         replicator.add(path, store, state=tmp_path / "state")
         commit("UPDATE t SET x = 'new'")
         replicator.sync(path, 10)
-        wait_for(lambda: Path(f"{path}-wal").stat().st_size == 0, 10)
+        wait_for(lambda: not Path(f"{path}-wal").exists(), 10)
         shutil.copyfile(backup, path)
         commit("INSERT INTO t VALUES ('after')")
         replicator.sync(path, 10)

@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import wal_oracle as oracle
@@ -15,13 +16,24 @@ from wal_oracle import Frame, Source, as_commits
 
 from replicator import wal
 from replicator.errors import WalHeaderDamaged
-from replicator.wal import Cursor, Scan, Scanner, Stop
+from replicator.wal import Cursor, Scanner, Stop, Transaction
 
 MakeSource = Callable[..., Source]
 
 
+class Scan(NamedTuple):
+    transactions: list[Transaction]
+    cursor: Cursor
+    stopped: Stop
+
+
+def scan(frames: bytes | memoryview, at: Cursor) -> Scan:
+    scanner = Scanner(at)
+    return Scan(scanner.feed(frames), scanner.cursor, scanner.stopped)
+
+
 def scan_all(data: bytes) -> Scan:
-    return wal.scan(data[wal.HEADER_SIZE :], wal.parse_header(data).cursor())
+    return scan(data[wal.HEADER_SIZE :], wal.parse_header(data).cursor())
 
 
 def scanner_of(data: bytes) -> Scanner:
@@ -340,7 +352,7 @@ def test_feeding_in_pieces_of_any_size_gives_what_one_scan_gives(small: Source) 
 def test_a_view_at_an_odd_address_is_read_as_well(small: Source, big_endian: bool) -> None:
     data = oracle.to_big_endian(small.wal) if big_endian else small.wal
     view = memoryview(b"xyz" + data)[3:]
-    found = wal.scan(view[wal.HEADER_SIZE :], wal.parse_header(view).cursor())
+    found = scan(view[wal.HEADER_SIZE :], wal.parse_header(view).cursor())
     assert as_commits(found.transactions) == oracle.commits(data)
 
 
@@ -411,4 +423,4 @@ def test_a_page_size_that_sqlite_does_not_have_is_refused(page_size: int) -> Non
 
 def test_an_empty_scan_stays_where_it_was() -> None:
     cursor = wal.parse_header(oracle.build([], 1024, False)).cursor()
-    assert wal.scan(b"", cursor) == Scan([], cursor, Stop.END)
+    assert scan(b"", cursor) == Scan([], cursor, Stop.END)
