@@ -1040,7 +1040,7 @@ def test_what_is_set_aside_again_within_a_second_replaces_nothing(tail: Path) ->
 def test_a_kick_for_a_timeline_that_has_been_left_starts_nothing(tail: Path) -> None:
     """An upload that has just ended may still have read the one before."""
     spool, store, crew = Spool(tail), MemoryStore(), Crew(1, "kick-upload")
-    shipper = Shipper(spool, store, crew, lambda: None, now_ms=lambda: 0)
+    shipper = Shipper(spool, store, crew, lambda: None, lambda ref, header: None, now_ms=lambda: 0)
     left = spool.load()
     assert left is not None
     shipper.begin_timeline(dataclasses.replace(left.timeline, number=2))
