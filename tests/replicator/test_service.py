@@ -315,6 +315,7 @@ def test_an_upkeep_that_fails_is_named_and_holds_up_no_commit(
         assert restored_rows(store, tmp_path) == list(range(1, writer.run("SELECT count(*) FROM ledger")[0] + 1))
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_no_upkeep(bucket: Bucket, data: Path) -> None:
     hangs, released = threading.Event(), threading.Event()
 
@@ -525,6 +526,7 @@ def test_owner_and_mode_in_the_catalogue_follow_the_file_and_cost_no_request_whi
         replicator.stop(5)
 
 
+@pytest.mark.slow
 def test_two_hundred_databases_at_once_are_in_the_store_within_seconds(
     replicator: Replicator, bucket: Bucket, data: Path, tmp_path: Path
 ) -> None:
@@ -1024,6 +1026,7 @@ def test_a_spool_that_is_over_its_limit_at_the_start_is_shipped(tmp_path: Path) 
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_file_that_was_copied_over_in_place_is_compared_and_never_mixed(tmp_path: Path) -> None:
     path, backup, store = tmp_path / "app.db", tmp_path / "backup.db", MemoryStore()
 

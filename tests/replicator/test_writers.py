@@ -97,7 +97,7 @@ def test_a_writer_with_an_old_lease_begins_no_timeline_any_more(tmp_path: Path) 
     try:
         wait_for(lambda: "another has taken over" in late.status()[0].reason)
     finally:
-        late.stop()
+        late.stop(0.1)
     assert timelines(store) == [1, 2]
     assert restored_rows(store, tmp_path) == [1, 2, 3, 4, 5]
 
