@@ -80,12 +80,18 @@ class CaptureSettings:
 
 @dataclass
 class CaptureFigures:
-    """What status shows of the live side."""
+    """What status shows of the live side.
+
+    checkpoints, checkpoints_s, barriers_s: how many there were, and the seconds that they and their barriers took in all.
+    barrier_s: the longest barrier.
+    """
 
     wal_bytes: int = 0
     page_size: int = 0
     page_count: int = 0
     checkpoints: int = 0
+    checkpoints_s: float = 0.0
+    barriers_s: float = 0.0
     barrier_s: float = 0.0
     rebases: int = 0
     checkpoint_blocked: bool = False
@@ -571,6 +577,7 @@ class Capture:
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
+        began = self._monotonic()
         try:
             result = database.checkpoint(self._drain)
         except DatabaseBusy as busy:
@@ -580,7 +587,9 @@ class Capture:
             if self._is_unconfirmed():
                 self._rebase(database, "SQLite took back a commit, since it could not make it durable")
             self.figures.checkpoints += 1
-            self.figures.barrier_s = result.barrier_s
+            self.figures.checkpoints_s += self._monotonic() - began
+            self.figures.barriers_s += result.barrier_s
+            self.figures.barrier_s = max(self.figures.barrier_s, result.barrier_s)
         self.figures.checkpoint_blocked = result is None or not result.complete
         if self.figures.checkpoint_blocked:
             longest_s = MAX_CHECKPOINT_RETRY_S if result else MAX_BUSY_RETRY_S

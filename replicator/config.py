@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ import yaml
 from replicator.capture import CaptureSettings
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, STORE_KEYS, TOP_KEYS, Key
 from replicator.errors import ConfigError, UsageError
+from replicator.heartbeat import check_heartbeat_url
+from replicator.pace import Allowance
+from replicator.peers import parse_address
 from replicator.store import ObjectStore, open_store
+from replicator.store.measure import Meter
 from replicator.values import parse_duration
 from replicator.watch import Folder
 from replicator.worker import WorkerSettings
@@ -28,6 +32,7 @@ from replicator.worker import WorkerSettings
 DEFAULT_FILES = (Path("/etc/replicator.yml"), Path("/etc/litestream.yml"))
 SHUTDOWN_TIMEOUT_S = 30.0
 SWEEP_S = 60.0
+HEARTBEAT_S = 300.0
 NEVER_S = 10 * 365 * 86400.0
 """Longer than any process runs; Litestream's 0 for a checkpoint-interval means never."""
 
@@ -63,12 +68,13 @@ class ReplicaConfig:
     url: str
     access_key: str | None = field(default=None, repr=False)
     secret_key: str | None = field(default=None, repr=False)
-    origin: str = ""
+    origin: str = field(default="", compare=False)
 
-    def open(self, stop: threading.Event | None = None) -> ObjectStore:
+    def open(self, stop: threading.Event | None = None, meter: Meter | None = None) -> ObjectStore:
         """Raises ConfigError with the line, or UsageError, for a URL that has no meaning. Sends nothing.
 
         stop: given by a daemon, which ships again and again anyway: a request of its store gives up soon, so that status says why.
+        meter: where requests are counted.
         """
         try:
             return open_store(
@@ -77,6 +83,7 @@ class ReplicaConfig:
                 secret_key=self.secret_key,
                 retry_budget_s=SHIPPING_PATIENCE_S if stop else PATIENCE_S,
                 stop=stop,
+                meter=meter,
             )
         except UsageError as error:
             if not self.origin:
@@ -97,7 +104,7 @@ class DatabaseConfig:
     state: Path | None = None
     settings: WorkerSettings = WorkerSettings()
     restore_if_missing: bool = False
-    origin: str = ""
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,9 @@ class Config:
     socket_mode: int = 0o600
     sweep_s: float = SWEEP_S
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S
+    metrics_address: str = ""
+    heartbeat_url: str = field(default="", repr=False)
+    heartbeat_s: float = HEARTBEAT_S
     notes: tuple[str, ...] = ()
 
     def find(self, path: Path) -> DatabaseConfig | None:
@@ -398,6 +408,9 @@ class _Builder:
             socket_mode=_get(socket, "permissions", 0o600),
             sweep_s=self._positive(top, "sweep-interval", "", SWEEP_S),
             shutdown_timeout_s=_get(top, "shutdown-sync-timeout", SHUTDOWN_TIMEOUT_S),
+            metrics_address=self._checked(top, "addr", parse_address),
+            heartbeat_url=self._checked(top, "heartbeat-url", check_heartbeat_url),
+            heartbeat_s=self._positive(top, "heartbeat-interval", "", HEARTBEAT_S),
             notes=tuple(self._reader.notes),
         )
 
@@ -415,6 +428,7 @@ class _Builder:
                 idle_checkpoint_s=_get(values, "checkpoint-interval", CaptureSettings.idle_checkpoint_s) or NEVER_S,
             ),
             interval_s=self._interval(replica_value.value, top, f"{where}.replica"),
+            allowance=self._allowance(replica_value, top, f"{where}.replica"),
         )
         path: Path = values["dir" if "dir" in values else "path"].value
         return DatabaseConfig(
@@ -458,6 +472,17 @@ class _Builder:
     def _interval(self, replica: _Section, top: _Section, where: str) -> float:
         default = self._positive(top, "sync-interval", "", WorkerSettings.interval_s)
         return float(self._positive(replica, "sync-interval", where, default))
+
+    def _allowance(self, replica: _Value, top: _Section, where: str) -> Allowance | None:
+        given, where = (replica.value, f"{where}.put-budget") if "put-budget" in replica.value else (top, "put-budget")
+        if "put-budget" not in given:
+            return None
+        budget: _Section = given["put-budget"].value
+        if "per-hour" not in budget:
+            raise self._reader.wrong(given["put-budget"].line, f"{where}.per-hour", "is missing; how many may leave?")
+        return Allowance(
+            self._positive(budget, "per-hour", where, 0), self._positive(budget, "burst", where, Allowance.burst)
+        )
 
     def _replica(self, replica: _Value, top: _Section, where: str) -> ReplicaConfig:
         defaults = {key.name: top[key.name] for key in STORE_KEYS if key.name in top}
@@ -521,6 +546,16 @@ class _Builder:
                 options.setdefault("endpoint", f"https://{provider['endpoint']}")
         return _s3_url(bucket, parts.path, values, options)
 
+    def _checked(self, values: _Section, name: str, check: Callable[[str], object]) -> str:
+        """A text of the top that has to pass a check; '' when it is not there."""
+        text: str = _get(values, name, "")
+        try:
+            if text:
+                check(text)
+        except UsageError as error:
+            raise self._reader.wrong(values[name].line, name, str(error)) from None
+        return text
+
     def _positive(self, values: _Section, name: str, where: str, default: Any) -> Any:
         if name not in values:
             return default
@@ -532,7 +567,7 @@ class _Builder:
         """No database may be replicated twice, nor two to one place, nor with one local state."""
         for number, entry in enumerate(databases):
             for earlier in databases[:number]:
-                problem = _clash(earlier, entry)
+                problem = clash(earlier, entry)
                 if problem:
                     raise ConfigError(f"{entry.origin}: dbs[{number}]: {problem} {earlier.origin}")
 
@@ -552,7 +587,7 @@ def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -
     return f"s3://{bucket}{prefix}" + (f"?{urlencode(options)}" if options else "")
 
 
-def _clash(one: DatabaseConfig, other: DatabaseConfig) -> str:
+def clash(one: DatabaseConfig, other: DatabaseConfig) -> str:
     """Words for why the two cannot be replicated side by side, to be followed by where the other is; '' when they can."""
     if one.folder is None and other.folder is None and _same_file(one.path, other.path):
         return "this database is replicated already by"

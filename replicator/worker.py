@@ -25,12 +25,13 @@ from replicator.errors import (
     ReplicatorError,
     SyncTimeout,
 )
-from replicator.pace import Pace
+from replicator.pace import Allowance, Budget, Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
 from replicator.ship import PROVE_EVERY_S, Diverged, Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
+from replicator.store.measure import HOUR_S, MeasuredStore, Meter
 from replicator.values import Position
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class DatabaseStatus:
 
     lag_s: age of the oldest commit that is captured but not durable; when there is none, how long the last one took.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
+    barrier_s: the longest write barrier. checkpoints, checkpoints_s, barriers_s: how many there were, and what they took in all.
+    puts_minute, puts_hour: writes to the store in the last minute and hour. usd_per_month: what as many cost in S3; None for a folder.
     """
 
     path: Path
@@ -71,6 +74,12 @@ class DatabaseStatus:
     page_count: int
     checkpoint_blocked: bool
     barrier_s: float
+    checkpoints: int = 0
+    checkpoints_s: float = 0.0
+    barriers_s: float = 0.0
+    puts_minute: int = 0
+    puts_hour: int = 0
+    usd_per_month: float | None = None
 
     @property
     def words(self) -> str:
@@ -82,6 +91,7 @@ class DatabaseStatus:
 @dataclass(frozen=True)
 class WorkerSettings:
     """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
+    allowance: of segments, for all databases that are added together with it; None for no limit.
     prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
 
     capture: CaptureSettings = CaptureSettings()
@@ -89,6 +99,7 @@ class WorkerSettings:
     burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
     prove_every_s: float = PROVE_EVERY_S
+    allowance: Allowance | None = None
 
 
 class DatabaseWorker:
@@ -107,13 +118,18 @@ class DatabaseWorker:
         now_ms: Callable[[], int],
         epoch: Callable[[], int] = lambda: 0,
         register: Callable[[], object] = lambda: None,
+        budget: Budget | None = None,
     ) -> None:
         """epoch: of the lease that allows a new timeline, 0 without one; raises LeaseLost while there must be none.
+
+        budget: of segments, shared with other databases.
 
         register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
         """
         self.path = path
-        self._store = store
+        self._meter = Meter()
+        self._store = store = MeasuredStore(store, self._meter)
+        self._budget = budget
         self._settings = settings
         self._writer = writer
         self._now_ms = now_ms
@@ -167,7 +183,7 @@ class DatabaseWorker:
     def _capture_in_turn(self, step: int) -> float | None:
         """Capture, unless the pace or a failure says later. Seconds until then."""
         now = time.monotonic()
-        pause_s = 0.0 if self._captured_step < self._wanted_step else self._pace.wait_s()
+        pause_s = 0.0 if self._captured_step < self._wanted_step else self._turn_s()
         pause_s = max(pause_s, self._not_before - now)
         if pause_s > 0:
             self._quiet_until = now + pause_s
@@ -191,6 +207,9 @@ class DatabaseWorker:
             self._captured_step = step
             self._captured_for = self._capture.timeline.number if self._capture.timeline else 0
         return wait_s
+
+    def _turn_s(self) -> float:
+        return max(self._pace.wait_s(), self._budget.wait_s() if self._budget else 0.0)
 
     def _back_off(self, error: Exception) -> float:
         self._note_problem(error)
@@ -224,6 +243,8 @@ class DatabaseWorker:
         self._begun = None
         if self._capture.position != before:
             self._pace.spend()
+            if self._budget:
+                self._budget.spend()
         return wait_s
 
     def _check_present(self, diverged: Diverged) -> None:
@@ -360,6 +381,12 @@ class DatabaseWorker:
             page_count=figures.page_count,
             checkpoint_blocked=figures.checkpoint_blocked,
             barrier_s=figures.barrier_s,
+            checkpoints=figures.checkpoints,
+            checkpoints_s=figures.checkpoints_s,
+            barriers_s=figures.barriers_s,
+            puts_minute=self._meter.puts.within(60),
+            puts_hour=self._meter.puts.within(HOUR_S),
+            usd_per_month=self._meter.puts.usd_per_month() if self._store.url.startswith("s3:") else None,
         )
 
     @property

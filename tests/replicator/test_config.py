@@ -13,6 +13,7 @@ from replicator.capture import CaptureSettings
 from replicator.config import Config, load, parse
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, TOP_KEYS, Key, reference
 from replicator.errors import ConfigError
+from replicator.pace import Allowance
 
 FILE = Path("/etc/replicator.yml")
 DOCS = Path(__file__).parents[2] / "docs" / "replicator.md"
@@ -129,6 +130,26 @@ def test_settings_of_the_process() -> None:
     assert config.shutdown_timeout_s == 90
 
 
+def test_metrics_and_heartbeat() -> None:
+    config = read("addr: ':9090'\nheartbeat-url: https://beat.example.com/secret\nheartbeat-interval: 1m\n")
+    assert (config.metrics_address, config.heartbeat_url, config.heartbeat_s) == (
+        ":9090",
+        "https://beat.example.com/secret",
+        60,
+    )
+    assert "secret" not in repr(config)
+    assert read("").heartbeat_s == 300
+
+
+def test_a_budget_of_one_replica_goes_before_that_of_all() -> None:
+    config = read(
+        "put-budget: {per-hour: 3600}\ndbs:\n- path: /a.db\n  replica: {url: file:///a}\n"
+        "- path: /b.db\n  replica: {url: file:///b, put-budget: {per-hour: 60, burst: 5}}\n"
+    )
+    assert [entry.settings.allowance for entry in config.databases] == [Allowance(3600, 100), Allowance(60, 5)]
+    assert read(one("{url: file:///b}")).databases[0].settings.allowance is None
+
+
 def test_an_anchor_may_be_merged() -> None:
     config = read(
         "dbs:\n- path: /a.db\n  replica: &r\n    type: s3\n    bucket: b\n    path: a\n"
@@ -178,6 +199,10 @@ WRONG = [
     (one("{url: s3://b/x, path: y}"), 3, "dbs[0].replica.path: leave it out"),
     (one("{path: s3://b/x}"), 3, "dbs[0].replica.path: is a URL"),
     (one("{type: s3, path: x}"), 3, "dbs[0].replica: has no bucket"),
+    ("addr: '9090'\n", 1, "addr: '9090' is not an address; write :9090"),
+    ("heartbeat-url: ftp://h/secret\n", 1, "heartbeat-url: is not a URL that begins with https:// or http://"),
+    ("put-budget: {burst: 3}\n" + one("{url: file:///b}"), 1, "put-budget.per-hour: is missing"),
+    ("put-budget: {per-hour: 0}\n" + one("{url: file:///b}"), 1, "put-budget.per-hour: must be more than 0"),
     (one("{type: sftp, path: x}"), 3, "dbs[0].replica.type: replicas of type sftp are not built yet"),
     (one("{type: floppy, path: x}"), 3, "dbs[0].replica.type: 'floppy' is not a type of replica"),
     (one("{}"), 3, "dbs[0].replica: says nowhere"),
