@@ -201,6 +201,18 @@ class Capture:
             self._spool.save_base(self._state)
         return let_by_s if wait_s is None or (let_by_s is not None and let_by_s < wait_s) else wait_s
 
+    def pending_bytes(self) -> int:
+        """About how much is committed and not captured yet: of the WAL, or 1 for a change without one; 0 while nothing is open."""
+        database = self._database
+        if database is None:
+            return 0
+        if database.journal is Journal.ROLLBACK:
+            return int(database.stamp() != self._stamp)
+        frames = database.committed_frames()
+        end = HEADER_SIZE + frames * (FRAME_HEADER_SIZE + database.page_size) if frames else 0
+        captured = self._scanner.cursor.offset if self._scanner else 0
+        return end - captured if end >= captured else end  # when it is less than what is captured, it began anew
+
     def wal_outgrows(self) -> bool:
         """Whether the WAL has grown beyond what may wait for a capture that does not come."""
         return self._database is not None and self._database.wal_size() > self._settings.wal_limit_bytes

@@ -199,7 +199,7 @@ class Daemon:
         self._signals = _Signals(self._reload_soon if reloads else None)
         self._stop_stores = threading.Event()
         self._replicator = Replicator(sweep_s=config.sweep_s)
-        self._roster = Roster(self._replicator, self._stop_stores, restore_if_missing)
+        self._roster = Roster(self._replicator, self._stop_stores, _prepare)
         self._reloading = threading.Lock()
         self._heartbeat: Heartbeat | None = None
         self._loaded_ms = self._started_ms = _now_ms()
@@ -442,12 +442,14 @@ class Daemon:
         return _say(outcomes + [Outcome(path, None, reason) for path, reason in late.items() if path not in known])
 
 
-def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
-    """If the entry wants that, restore a database that is not there, from a replica that is, ours or Litestream's.
+def _prepare(entry: DatabaseConfig, store: ObjectStore) -> None:
+    if entry.restore_if_missing:
+        restore_if_missing(entry, store)
 
-    Raises RestoreError, StoreError.
-    """
-    if not entry.restore_if_missing or entry.path.exists():
+
+def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
+    """Restore a database that is not there, from a replica that is, ours or Litestream's. Raises RestoreError, StoreError."""
+    if entry.path.exists():
         return
     chosen = choose(store)
     if chosen.besides:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from replicator import origin
-from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
+from replicator.capture import GROUP_BYTES, Capture, CaptureFigures, CaptureSettings, NeedsTimeline
 from replicator.database import identify
 from replicator.errors import (
     DatabaseBusy,
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 MAX_RETRY_S = 15.0
 CATCHING_UP_AFTER_S = 5.0
+LOOK_S = 2.0
+"""While commits wait in the WAL for longer than this, it is looked at so often how much they are."""
 
 
 class Protection(StrEnum):
@@ -53,7 +55,7 @@ class Protection(StrEnum):
 class DatabaseStatus:
     """How one database is.
 
-    lag_s: age of the oldest commit that is captured but not durable; when there is none, how long the last one took.
+    lag_s: age of the oldest commit that is known and not durable; when there is none, how long the last one took.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
     barrier_s: the longest write barrier. checkpoints, checkpoints_s, barriers_s: how many there were, and what they took in all.
     puts_minute, puts_hour: writes to the store in the last minute and hour. usd_per_month: what as many cost in S3; None for a folder.
@@ -149,6 +151,9 @@ class DatabaseWorker:
         self._retry_s = RETRY_S
         self._not_before = 0.0
         self._quiet_until = 0.0
+        self._put_off_at: float | None = (
+            None  # since when commits wait in the WAL for pace or budget, if they do so for long
+        )
         self._steps_begun = 0
         self._stepping = False
         self._captured_step = 0  # the last step that captured everything there was
@@ -183,12 +188,15 @@ class DatabaseWorker:
     def _capture_in_turn(self, step: int) -> float | None:
         """Capture, unless the pace or a failure says later. Seconds until then."""
         now = time.monotonic()
-        pause_s = 0.0 if self._captured_step < self._wanted_step else self._turn_s()
-        pause_s = max(pause_s, self._not_before - now)
+        pause_s = self._not_before - now
         if pause_s > 0:
             self._quiet_until = now + pause_s
             return pause_s
         try:
+            pause_s = 0.0 if self._captured_step < self._wanted_step else self._turn_s()
+            if pause_s > 0:
+                self._quiet_until = now + pause_s
+                return pause_s
             self._capture.load()
             if self._shipper.diverged is None and self._is_spool_full():
                 return None  # the uploads wake it
@@ -202,6 +210,7 @@ class DatabaseWorker:
             log.exception("%s: a step failed in a way that nobody foresaw; it is tried again", self.path)
             return self._back_off(DatabaseError(f"{self.path}: internal error, see the log: {error!r}"))
         self._retry_s = RETRY_S
+        self._put_off_at = None
         with self._changed:
             self._note_problem(None)
             self._captured_step = step
@@ -209,7 +218,15 @@ class DatabaseWorker:
         return wait_s
 
     def _turn_s(self) -> float:
-        return max(self._pace.wait_s(), self._budget.wait_s() if self._budget else 0.0)
+        """Seconds for which pace and budget put capturing off, while it has something to capture and not more than fills a segment."""
+        pause_s = max(self._pace.wait_s(), self._budget.wait_s() if self._budget else 0.0)
+        if pause_s <= LOOK_S:
+            return pause_s
+        if not 0 < self._capture.pending_bytes() < GROUP_BYTES:
+            return 0.0
+        if self._put_off_at is None:
+            self._put_off_at = time.monotonic()
+        return LOOK_S
 
     def _back_off(self, error: Exception) -> float:
         self._note_problem(error)
@@ -437,7 +454,9 @@ class DatabaseWorker:
         return self._shipper.durable_commit_ms or self._spool.waiting_commit_ms()
 
     def _lag_s(self) -> float:
-        return self._spool.waiting_s() or self._shipper.lag_s
+        put_off_at = self._put_off_at
+        put_off_s = 0.0 if put_off_at is None else time.monotonic() - put_off_at
+        return max(self._spool.waiting_s(), put_off_s) or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
         problem = self._problem or self._shipper.problem or self._shipper.diverged
