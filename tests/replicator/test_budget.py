@@ -62,23 +62,28 @@ def spend_all(place: Place, name: str) -> Position:
     return reached
 
 
+def lags(place: Place, name: str) -> bool:
+    """After one more commit."""
+    place.commit(name)
+    return place.status(name).lag_s > 1
+
+
 def test_beyond_it_commits_wait_and_leave_together_and_the_lag_says_so(place: Place) -> None:
     place.commit("app.db")
     place.replicator.add(place.folder / "app.db", place.store, settings=SCARCE)
     reached = spend_all(place, "app.db")
-    for _ in range(5):
-        place.commit("app.db")
-    wait_for(lambda: place.status("app.db").lag_s > 1)
+    wait_for(lambda: lags(place, "app.db"))
     status = place.status("app.db")
-    assert (status.durable, status.protection) == (reached, Protection.PROTECTED)
-    assert place.sync("app.db") == Position(reached.timeline, reached.txid + 1)
+    assert status.protection is Protection.PROTECTED
+    # One may have come just when it was seen that nothing waits.
+    assert status.durable in (reached, Position(reached.timeline, reached.txid + 1))
+    assert place.sync("app.db").txid == status.durable.txid + 1
 
 
 def test_an_idle_database_waits_for_nothing(place: Place) -> None:
     place.commit("app.db")
     place.replicator.add(place.folder / "app.db", place.store, settings=SCARCE)
     spend_all(place, "app.db")
-    wait_for(lambda: place.status("app.db").lag_s < 1)
     began = time.monotonic()
     place.sync("app.db")
     assert time.monotonic() - began < 1
@@ -93,9 +98,8 @@ def test_databases_of_a_folder_share_it_and_a_first_copy_does_not_wait(place: Pl
     wait_for(lambda: len(place.replicator.status()) == 2)
     wait_for(lambda: place.durable("b.db") is not None)
     reached = place.sync("b.db")
-    place.commit("b.db")
-    wait_for(lambda: place.status("b.db").lag_s > 1)
-    assert place.durable("b.db") == reached
+    wait_for(lambda: lags(place, "b.db"))
+    assert place.durable("b.db") in (reached, Position(reached.timeline, reached.txid + 1))
 
 
 def test_what_fills_a_segment_leaves_whatever_the_budget_says(place: Place) -> None:
