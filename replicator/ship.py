@@ -14,12 +14,14 @@ from pathlib import Path
 
 from replicator import chain, failpoints
 from replicator.errors import (
+    BucketMissing,
     ChainBroken,
     FormatError,
     NothingToRestore,
     ObjectMissing,
     PreconditionFailed,
     ReplicatorError,
+    StoreDenied,
     StoreError,
 )
 from replicator.layout import SegmentRef, timeline_key
@@ -257,10 +259,11 @@ class Shipper:
             self._not_before = 0.0
 
     def _failed(self, error: StoreError) -> None:
-        """Back off, once for all uploads that fail together."""
+        """Back off, once for all uploads that fail together. What a person must mend is an error in the log, also after an outage."""
         with self._guard:
-            if self.problem is None:
-                log.warning("uploads stand still: %s", error)
+            if type(self.problem) is not type(error):
+                needs_person = isinstance(error, (StoreDenied, BucketMissing))
+                log.log(logging.ERROR if needs_person else logging.WARNING, "uploads stand still: %s", error)
             self.problem = error
             if self._monotonic() >= self._not_before:
                 self._not_before = self._monotonic() + self._retry_s

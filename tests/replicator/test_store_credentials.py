@@ -173,7 +173,7 @@ def test_a_source_that_fails_is_named(bucket: Bucket, home: Path) -> None:
 
 
 def test_expired_credentials_show_soon_after_a_commit_cost_nothing_before_and_are_outlived(
-    bucket: Bucket, home: Path
+    bucket: Bucket, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_keys(home, "AKIDNEW")
     path = home / "app.db"
@@ -192,6 +192,8 @@ def test_expired_credentials_show_soon_after_a_commit_cost_nothing_before_and_ar
         wait_for(lambda: replicator.status()[0].protection is Protection.NOT_PROTECTED)
         assert time.monotonic() - began < 5
         assert "the credentials have expired" in replicator.status()[0].reason
+        (said,) = [record for record in caplog.records if "uploads stand still" in record.message]
+        assert said.levelname == "ERROR"
         write_keys(home, "AKIDNEXT")
         replicator.sync(path, 20)
         assert replicator.status()[0].protection is Protection.PROTECTED
