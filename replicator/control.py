@@ -181,16 +181,19 @@ class _Handler(Handler):
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)
+        query: dict[str, str] = {}
         try:
             if parts.path not in ROUTES[self.command]:
                 self._send(404, {"error": f"there is no {self.command} {parts.path} here", "code": "NoRoute"})
                 return
-            query = parse_qs(parts.query, keep_blank_values=True, errors="surrogateescape")
+            parsed = parse_qs(parts.query, keep_blank_values=True, errors="surrogateescape")
+            query = {key: values[-1] for key, values in parsed.items()}
             route: Callable[[dict[str, str]], dict[str, Any]] = getattr(self, f"_{parts.path[1:]}")
-            self._send(200, route({key: values[-1] for key, values in query.items()}))
+            self._send(200, route(query))
         except ReplicatorError as error:
             code = next((status for kind, status in _STATUS_OF.items() if isinstance(error, kind)), 500)
-            self._send(code, {"error": str(error), "code": type(error).__name__})
+            reached = {"durable": self._reached(query)} if isinstance(error, SyncTimeout) else {}
+            self._send(code, {"error": str(error), "code": type(error).__name__, **reached})
 
     def _send(self, code: int, document: dict[str, Any]) -> None:
         # In ASCII, as a path may be no valid UTF-8.
@@ -243,6 +246,11 @@ class _Handler(Handler):
 
     def _stop(self, query: dict[str, str]) -> dict[str, Any]:
         return _left(self.server.operated.stop(self._known(_path_of(query)), _wait_of(query.get("timeout", ""))))
+
+    def _reached(self, query: dict[str, str]) -> str | None:
+        path = self._known(_path_of(query))
+        durable = (status.durable for status in self.server.operated.status() if status.path == path)
+        return str(found) if (found := next(durable, None)) else None
 
     def _known(self, path: Path) -> Path:
         """The database as the replicator names it; it may have been reached over a link."""

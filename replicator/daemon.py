@@ -233,13 +233,15 @@ class Daemon:
         systemd.notify("READY=1")
         watchdog.start()
         threading.Thread(target=self._announce, name="announce", daemon=True).start()
-        code = self._run_command(command) if command else self._wait()
-        log.info("stopping")
-        systemd.notify("STOPPING=1")
-        for server in servers:
-            server.close()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        try:
+            code = self._run_command(command) if command else self._wait()
+        finally:
+            log.info("stopping")
+            systemd.notify("STOPPING=1")
+            for server in servers:
+                server.close()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
         durable = self._finish(self._last_sync())
         watchdog.stop()
         return code if code or durable else 1

@@ -129,6 +129,8 @@ class Roster:
 
     def register(self, path: Path, url: str) -> None:
         """Replicate one more database, until the end of this process. Raises UsageError, DatabaseNotReplicable, StoreError."""
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; write it into the configuration, as dir")
         entry = DatabaseConfig(path, ReplicaConfig(url))
         with self._guard:
             known = self._members.get(path)

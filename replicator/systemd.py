@@ -90,10 +90,9 @@ ExecReload=/bin/kill -HUP $MAINPID
 # NAME=value lines, mode 0600, if there is one: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_CA_BUNDLE.
 EnvironmentFile=-{ENVIRONMENT_FILE}
 SyslogIdentifier=replicator
+# Also when it says that it was used wrongly: a folder that is missing may be a disk that is mounted later.
 Restart=always
 RestartSec=5
-# Used wrongly, as by a configuration that is wrong: that needs a person.
-RestartPreventExitStatus={UsageError.exit_code}
 # A database may be restored before replication begins.
 TimeoutStartSec=infinity
 TimeoutStopSec={STOP_TIMEOUT_S}

@@ -196,6 +196,16 @@ def test_the_barrier_is_a_sync_that_may_be_asked_by_get(path: Path, fake: FakeRe
     assert json.loads(body)["durable"] == "1:7"
 
 
+def test_a_barrier_whose_time_ran_out_tells_how_far_it_came(path: Path) -> None:
+    status, body = exchange(path, "GET /barrier?db=/data/app.db&timeout=10ms HTTP/1.1")
+    assert " 504 " in status
+    assert json.loads(body) == {
+        "error": "/data/app.db is not durable after 0.01 s",
+        "code": "SyncTimeout",
+        "durable": "1:6",
+    }
+
+
 def test_only_the_owner_may_connect(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

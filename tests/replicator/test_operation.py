@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import apsw
@@ -198,6 +200,31 @@ def test_an_address_that_is_taken_stops_it_before_it_is_ready(place: Place) -> N
         assert f"addr: nothing can listen at {address}" in place.run("replicate", "--config", place.config, code=2)
 
 
+def test_the_heartbeat_begins_with_protection_and_its_url_is_in_no_log(place: Place) -> None:
+    asked = threading.Event()
+
+    class Monitor(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    place.database("a")
+    with HTTPServer(("127.0.0.1", 0), Monitor) as monitor:
+        thread = threading.Thread(target=monitor.serve_forever, args=(0.02,))
+        thread.start()
+        url = f"http://127.0.0.1:{monitor.server_port}/token-of-the-monitor"
+        place.configure("a", top=f"heartbeat-url: {url}\nheartbeat-interval: 100ms")
+        with place.running():
+            assert asked.wait(LIMIT_S)
+        monitor.shutdown()
+        thread.join()
+    assert "token-of-the-monitor" not in place.log.read_text()
+
+
 def test_a_unit_is_printed(place: Place) -> None:
     unit = place.run("systemd-unit", "--config", "/srv/r.yml")
     assert f'ExecStart="{sys.executable}" -P -m replicator replicate --config "/srv/r.yml"\n' in unit
@@ -208,6 +235,12 @@ def test_a_unit_is_printed(place: Place) -> None:
 
 def python(program: str) -> str:
     return shlex.join([sys.executable, "-c", program])
+
+
+def test_a_program_that_cannot_be_run_leaves_no_socket_behind(place: Place) -> None:
+    database = place.database("a")
+    place.run("replicate", "--exec", "nowhere/program", database, f"file://{place.folder}/bucket/a", code=2)
+    assert not place.socket.exists()
 
 
 def test_a_program_that_is_ended_by_a_signal_gives_the_code_that_a_shell_gives(place: Place) -> None:

@@ -129,6 +129,8 @@ def test_a_registration_that_would_disturb_another_is_refused(place: Place) -> N
         place.roster.register(a.path, f"file://{place.folder}/bucket/z")
     with pytest.raises(UsageError):
         place.roster.register(place.folder / "b.db", "nonsense")
+    with pytest.raises(UsageError, match="is a folder; write it into the configuration"):
+        place.roster.register(place.folder, f"file://{place.folder}/bucket/z")
     assert [status.path.name for status in place.roster.status()] == ["a.db"]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from replicator import systemd
 from replicator.errors import UsageError
+from replicator.service import Replicator
 
 
 @pytest.fixture
@@ -90,9 +91,17 @@ def test_the_unit_says_how_it_is_run() -> None:
     assert service["Type"] == "notify"
     assert service["ExecStart"] == ('"/opt/r/bin/python" -P -m replicator replicate --config "/etc/my replicator.yml"')
     assert int(service["TimeoutStopSec"]) > 2 * 30
-    assert (service["WatchdogSec"], service["RestartPreventExitStatus"]) == ("60", "2")
+    assert (service["WatchdogSec"], service["Restart"]) == ("60", "always")
 
 
 def test_a_path_that_systemd_would_read_otherwise_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot stand in a systemd unit"):
         systemd.unit(Path("/usr/bin/python"), Path("/etc/%i.yml"))
+
+
+def test_a_replicator_that_was_stopped_is_not_alive() -> None:
+    replicator = Replicator(sweep_s=3600)
+    replicator.start()
+    assert replicator.is_alive(5)
+    replicator.stop(1)
+    assert not replicator.is_alive(5)
