@@ -22,6 +22,7 @@ ONLY_IN = {
         "replicator/diff.py",
         "minipaas/state.py",
     },
+    "prometheus_client": {"replicator/metrics.py"},
     "pyrage": {"minipaas/sealing.py"},
     "click": {"replicator/cli/", "minipaas/cli/"},
     "rich": {"replicator/cli/restore.py", "minipaas/cli/"},
