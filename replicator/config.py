@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -565,11 +566,29 @@ class _Builder:
 
     def _check_distinct(self, databases: tuple[DatabaseConfig, ...]) -> None:
         """No database may be replicated twice, nor two to one place, nor with one local state."""
+        known: dict[tuple[object, ...], int] = {}
+        folders: list[int] = []
         for number, entry in enumerate(databases):
-            for earlier in databases[:number]:
-                problem = clash(earlier, entry)
+            marks = _marks(entry)
+            alike = {known[mark] for mark in marks if mark in known}
+            for earlier in range(number) if entry.folder else sorted({*folders, *alike}):
+                problem = clash(databases[earlier], entry)
                 if problem:
-                    raise ConfigError(f"{entry.origin}: dbs[{number}]: {problem} {earlier.origin}")
+                    raise ConfigError(f"{entry.origin}: dbs[{number}]: {problem} {databases[earlier].origin}")
+            known |= dict.fromkeys(marks, number)
+            if entry.folder:
+                folders.append(number)
+
+
+def _marks(entry: DatabaseConfig) -> set[tuple[object, ...]]:
+    """Two databases without one of these in common do not clash, so that not every pair of thousands is compared."""
+    marks: set[tuple[object, ...]] = {("path", _real(entry.path)), ("url", entry.replica.url.rstrip("/"))}
+    with suppress(OSError):
+        found = entry.path.stat()
+        marks.add(("file", found.st_dev, found.st_ino))
+    if entry.state is not None:
+        marks.add(("state", entry.state))
+    return marks
 
 
 def _get(values: _Section, name: str, default: Any) -> Any:

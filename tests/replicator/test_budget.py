@@ -90,6 +90,7 @@ def test_an_idle_database_waits_for_nothing(place: Place) -> None:
     assert place.status("app.db").protection is Protection.PROTECTED
 
 
+@pytest.mark.slow
 def test_databases_of_a_folder_share_it_and_a_first_copy_does_not_wait(place: Place) -> None:
     place.commit("a.db")
     place.replicator.add_folder(Folder(place.folder, "*.db"), place.store, settings=SCARCE)
@@ -102,6 +103,7 @@ def test_databases_of_a_folder_share_it_and_a_first_copy_does_not_wait(place: Pl
     assert place.durable("b.db") in (reached, Position(reached.timeline, reached.txid + 1))
 
 
+@pytest.mark.slow
 def test_what_fills_a_segment_leaves_whatever_the_budget_says(place: Place) -> None:
     place.commit("app.db")
     place.replicator.add(place.folder / "app.db", place.store, settings=SCARCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,15 @@ def test_two_entries_that_would_disturb_each_other_are_refused(first: str, secon
     with pytest.raises(ConfigError, match=re.escape(f"dbs[1]: {words}")) as caught:
         read(f"dbs:\n- {first}\n- {second}\n")
     assert str(caught.value).endswith("/etc/replicator.yml:2")
+
+
+def test_thousands_of_databases_are_not_compared_pair_by_pair() -> None:
+    entries = "".join(f"- path: /data/{n}.db\n  replica: {{url: 'file:///b/{n}'}}\n" for n in range(1000))
+    began = time.process_time()
+    assert len(read(f"dbs:\n{entries}").databases) == 1000
+    assert time.process_time() - began < 5
+    with pytest.raises(ConfigError, match=r"dbs\[1000\]: its replica is at the same place as that of .*:6"):
+        read(f"dbs:\n{entries}- path: /other.db\n  replica: {{url: 'file:///b/2/'}}\n")
 
 
 def test_one_database_under_two_names_is_refused(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_reload_takes_up_what_is_new_and_a_wrong_file_changes_nothing(place: P
         assert process.wait(LIMIT_S) == 0
 
 
+@pytest.mark.slow
 def test_without_a_file_a_hangup_ends_it_in_order(place: Place) -> None:
     database = place.database("a")
     with place.running(database, f"file://{place.folder}/bucket/a") as process:
@@ -190,6 +191,7 @@ def test_databases_come_and_go_by_commands(place: Place) -> None:
         assert "PUTS/H" in place.run("status")
 
 
+@pytest.mark.slow
 def test_an_address_that_is_taken_stops_it_before_it_is_ready(place: Place) -> None:
     place.database("a")
     with socket.socket() as taken:
@@ -200,6 +202,7 @@ def test_an_address_that_is_taken_stops_it_before_it_is_ready(place: Place) -> N
         assert f"addr: nothing can listen at {address}" in place.run("replicate", "--config", place.config, code=2)
 
 
+@pytest.mark.slow
 def test_the_heartbeat_begins_with_protection_and_its_url_is_in_no_log(place: Place) -> None:
     asked = threading.Event()
 
@@ -237,12 +240,14 @@ def python(program: str) -> str:
     return shlex.join([sys.executable, "-c", program])
 
 
+@pytest.mark.slow
 def test_a_program_that_cannot_be_run_leaves_no_socket_behind(place: Place) -> None:
     database = place.database("a")
     place.run("replicate", "--exec", "nowhere/program", database, f"file://{place.folder}/bucket/a", code=2)
     assert not place.socket.exists()
 
 
+@pytest.mark.slow
 def test_a_program_that_is_ended_by_a_signal_gives_the_code_that_a_shell_gives(place: Place) -> None:
     database = place.database("a")
     program = python("import os; os.kill(os.getpid(), 9)")
@@ -250,6 +255,7 @@ def test_a_program_that_is_ended_by_a_signal_gives_the_code_that_a_shell_gives(p
     assert "has ended with -9" in place.run("replicate", "--exec", program, database, url, code=137)
 
 
+@pytest.mark.slow
 def test_a_program_that_ignores_the_signal_is_killed_after_the_time_that_it_has(place: Place) -> None:
     database = place.database("a")
     ready = place.folder / "program-is-ready"
