@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from replicator.errors import UsageError as UsageError
     from replicator.lease import Lease as Lease
     from replicator.lease import LeaseRecord as LeaseRecord
+    from replicator.metrics import Collector as Collector
     from replicator.past import Past as Past
     from replicator.past import open_past as open_past
     from replicator.replica import Replica as Replica
@@ -93,6 +94,7 @@ _HOMES = {
         "StoreUnavailable SyncTimeout TargetExists UsageError"
     ),
     "lease": "Lease LeaseRecord",
+    "metrics": "Collector",
     "past": "Past open_past",
     "replica": "Replica",
     "restore": "RestoreOptions RestorePlan RestoreReport plan_restore restore",

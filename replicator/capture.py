@@ -85,12 +85,18 @@ class CaptureSettings:
 
 @dataclass
 class CaptureFigures:
-    """What status shows of the live side."""
+    """What status shows of the live side.
+
+    checkpoints, checkpoints_s, barriers_s: how many there were, and the seconds that they and their barriers took in all.
+    barrier_s: the longest barrier.
+    """
 
     wal_bytes: int = 0
     page_size: int = 0
     page_count: int = 0
     checkpoints: int = 0
+    checkpoints_s: float = 0.0
+    barriers_s: float = 0.0
     barrier_s: float = 0.0
     rebases: int = 0
     checkpoint_blocked: bool = False
@@ -214,6 +220,18 @@ class Capture:
             self._note_file()
             self._spool.save_base(self._state)
         return _soonest(let_by_s, wait_s, self._rest_if_abandoned(database))
+
+    def pending_bytes(self) -> int:
+        """About how much is committed and not captured yet: of the WAL, or 1 for a change without one; 0 while nothing is open."""
+        database = self._database
+        if database is None:
+            return 0
+        if database.journal is Journal.ROLLBACK:
+            return int(database.stamp() != self._stamp)
+        frames = database.committed_frames()
+        end = HEADER_SIZE + frames * (FRAME_HEADER_SIZE + database.page_size) if frames else 0
+        captured = self._scanner.cursor.offset if self._scanner else 0
+        return end - captured if end >= captured else end  # when it is less than what is captured, it began anew
 
     def wal_outgrows(self) -> bool:
         """Whether the WAL has grown beyond what may wait for a capture that does not come."""
@@ -651,6 +669,7 @@ class Capture:
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
+        began = self._monotonic()
         try:
             result = database.checkpoint(self._drain)
         except DatabaseBusy as busy:
@@ -660,7 +679,9 @@ class Capture:
             if self._is_unconfirmed():
                 self._rebase(database, "SQLite took back a commit, since it could not make it durable")
             self.figures.checkpoints += 1
-            self.figures.barrier_s = result.barrier_s
+            self.figures.checkpoints_s += self._monotonic() - began
+            self.figures.barriers_s += result.barrier_s
+            self.figures.barrier_s = max(self.figures.barrier_s, result.barrier_s)
         self.figures.checkpoint_blocked = result is None or not result.complete
         if self.figures.checkpoint_blocked:
             longest_s = MAX_CHECKPOINT_RETRY_S if result else MAX_BUSY_RETRY_S

@@ -93,6 +93,15 @@ STORE_KEYS: tuple[Key, ...] = (
         "duration",
         "under an endless stream of commits one segment leaves in this time; a single commit leaves at once. Default 1s",
     ),
+    Key(
+        "put-budget",
+        "section",
+        "how many segments may leave, all databases of this replica taken together; ours, not Litestream's. Default no limit",
+        section=(
+            Key("per-hour", "count", "so many on average; what must wait longer joins the commits after it"),
+            Key("burst", "count", "so many at once after a pause. Default 100"),
+        ),
+    ),
     Key("age", "section", "encryption of all that is stored; its keys are below", section=AGE_KEYS),
     *_unused("duration", _NO_VALIDATION, "validation-interval"),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-ltx-files"),
@@ -238,9 +247,19 @@ TOP_KEYS: tuple[Key, ...] = (
     *_unused("duration", "looked at once in the longest interval of levels", "l0-retention-check-interval"),
     *_unused("section", _NO_VALIDATION, "validation", section=_unused("duration", _NO_VALIDATION, "interval")),
     *_unused("flag", "what was merged is always read back and verified", "verify-compaction"),
-    *_unused("text", _NO_SERVER, "addr", "mcp-addr"),
-    *_unused("text", "not built yet: nothing is called; ask `replicator status`", "heartbeat-url"),
-    *_unused("duration", "not built yet: nothing is called; ask `replicator status`", "heartbeat-interval"),
+    Key(
+        "addr",
+        "text",
+        "where metrics for Prometheus are served, at `/metrics`: `:9090` on every address of this computer, or "
+        "`127.0.0.1:9090`. Default nowhere",
+    ),
+    Key(
+        "heartbeat-url",
+        "secret",
+        "this URL is asked for (GET) at the start and every heartbeat-interval, as long as every database is protected",
+    ),
+    Key("heartbeat-interval", "duration", "Default 5m"),
+    *_unused("text", _NO_SERVER, "mcp-addr"),
 )
 
 
@@ -260,6 +279,7 @@ def reference() -> str:
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
         ("In `age`", AGE_KEYS),
+        ("In `put-budget`", next(key for key in STORE_KEYS if key.name == "put-budget").section),
     )
     return "\n\n".join(f"### {title}\n\n{_table(keys)}" for title, keys in tables) + "\n"
 

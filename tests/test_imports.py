@@ -22,6 +22,7 @@ ONLY_IN = {
         "replicator/diff.py",
         "minipaas/state.py",
     },
+    "prometheus_client": {"replicator/metrics.py"},
     "pyrage": {"minipaas/sealing.py", "replicator/age.py"},
     "cryptography": {"replicator/store/seal.py"},
     "click": {"replicator/cli/", "minipaas/cli/"},

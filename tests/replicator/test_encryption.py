@@ -177,7 +177,8 @@ def test_a_moment_is_found_although_a_segment_that_is_not_the_answer_was_altered
     refs = [replica.commit(Position(1, txid), source.insert(txid, txid, 10)) for txid in (2, 3, 4)]
     source.close()
     inner.put(refs[1].key, inner.get(refs[1].key)[:-1])
-    found = Replica(sealed(inner, identities=[str(pair)])).position_at(replica.time_of(Position(1, 1)))
+    reader = Replica(sealed(inner, identities=[str(pair)]))
+    found = reader.find_position(reader.timelines(), reader.segments(), replica.time_of(Position(1, 1)))
     assert found[0] == Position(1, 1)
 
 
