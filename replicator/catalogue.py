@@ -85,14 +85,30 @@ def replica_of(store: ObjectStore, name: Path | PurePosixPath) -> ObjectStore:
     return store.sub(f"db/{encode(name)}")
 
 
+def is_there(store: ObjectStore) -> bool:
+    """Whether the store holds the entry of any database. Raises StoreError."""
+    return any(_ENCODED.fullmatch(info.key.removeprefix(ENTRIES)) for info in store.list(ENTRIES))
+
+
+def find(store: ObjectStore, name: Path | PurePosixPath) -> Entry | None:
+    """The entry of one database, None when there is none. Raises StoreError, FormatError."""
+    try:
+        return _read(store, _key(name))
+    except ObjectMissing:
+        return None
+
+
 def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
     """All databases that the folder's replica holds. Raises StoreError, FormatError."""
     found = {}
     for info in store.list(ENTRIES):
         name = decode(info.key.removeprefix(ENTRIES))
-        try:
-            entry = msgspec.json.decode(store.get(info.key), type=Entry)
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{store.url}/{info.key} is not the entry of a database: {error}") from error
-        found[name] = entry
+        found[name] = _read(store, info.key)
     return found
+
+
+def _read(store: ObjectStore, key: str) -> Entry:
+    try:
+        return msgspec.json.decode(store.get(key), type=Entry)
+    except msgspec.MsgspecError as error:
+        raise FormatError(f"{store.url}/{key} is not the entry of a database: {error}") from error

@@ -24,7 +24,7 @@ ONLY_IN = {
     },
     "pyrage": {"minipaas/sealing.py"},
     "click": {"replicator/cli/", "minipaas/cli/"},
-    "rich": {"replicator/cli/restore.py", "minipaas/cli/"},
+    "rich": {"replicator/cli/progress.py", "minipaas/cli/"},
     "waitress": {"minipaas/web/door.py"},
     "requests": {"minipaas/cli/client.py", "minipaas/engine/docker_api.py"},
 }
