@@ -123,7 +123,7 @@ class LiveDatabase:
         self._register()
         try:
             self._check_magic()
-            with _translated(path):
+            with translated(path):
                 self._connections = [self._connect(), self._connect()]
                 self._holder, self._spare = self._connections
                 mode = str(self._holder.execute("PRAGMA journal_mode").get)
@@ -170,7 +170,7 @@ class LiveDatabase:
 
     def acquire(self) -> None:
         """Begin the first read transaction. From here on the WAL holds still, or, without a WAL, nobody commits. Raises DatabaseBusy."""
-        with _translated(self.path):
+        with translated(self.path):
             _begin_read(self._holder)
             self.page_size = int(
                 self._holder.execute("PRAGMA page_size").get
@@ -180,7 +180,7 @@ class LiveDatabase:
 
     def release(self) -> None:
         """End the read transaction; what happens to the WAL from here on is not known."""
-        with _translated(self.path):
+        with translated(self.path):
             _end(self._holder)
 
     def pass_lock(self) -> None:
@@ -188,7 +188,7 @@ class LiveDatabase:
 
         Only when the WAL was read to its end since the last ``acquire`` or ``pass_lock``; see the head of this file.
         """
-        with _translated(self.path):
+        with translated(self.path):
             _begin_read(self._spare)
             _end(self._holder)
         self._holder, self._spare = self._spare, self._holder
@@ -204,13 +204,13 @@ class LiveDatabase:
         self.pass_lock()
         _until_short(drain)
         # When an application is at it, it does the bulk; in mode FULL it may have waited for the lock that was just passed on.
-        with suppress(DatabaseBusy), _translated(self.path):
+        with suppress(DatabaseBusy), translated(self.path):
             self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         failpoints.reach("before-checkpoint")
         with self._barrier() as since:
             drain()
             self.pass_lock()
-            with _translated(self.path):
+            with translated(self.path):
                 frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             failpoints.reach("under-barrier")
             self.pass_lock()
@@ -226,7 +226,7 @@ class LiveDatabase:
         """
         self._spare.set_busy_timeout(0)  # while it waits for readers, no commit can happen
         try:
-            with _translated(self.path):
+            with translated(self.path):
                 self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except DatabaseBusy:
             return False
@@ -252,7 +252,7 @@ class LiveDatabase:
 
     @contextmanager
     def _barrier(self) -> Iterator[float]:
-        with _translated(self.path):
+        with translated(self.path):
             if len(self._connections) == 2:
                 self._connections.append(self._connect())
             barrier = self._connections[2]
@@ -302,7 +302,7 @@ class LiveDatabase:
         """(committed frames, those of them that are in the database file already) of this generation of the WAL; (0, 0) without one."""
         if self.journal is Journal.ROLLBACK:
             return 0, 0
-        with _translated(self.path):
+        with translated(self.path):
             frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         return max(0, frames), max(0, backfilled)
 
@@ -312,12 +312,12 @@ class LiveDatabase:
 
     def in_wal_mode(self) -> bool:
         """Asked again, since an application can switch while no read lock is held."""
-        with _translated(self.path):
+        with translated(self.path):
             return str(self._holder.execute("PRAGMA journal_mode").get) == "wal"
 
     def committed_page_count(self) -> int:
         """The size of the database in pages, as the read transaction sees it."""
-        with _translated(self.path):
+        with translated(self.path):
             return int(self._holder.execute("PRAGMA page_count").get)
 
     def read_pages(self, first_page_no: int, count: int) -> bytes:
@@ -336,7 +336,7 @@ class LiveDatabase:
 
     def _read_file(self, offset: int, length: int) -> bytes:
         """Bytes of the database file; zeros beyond its end."""
-        with _translated(self.path):
+        with translated(self.path):
             _, data = self._holder.read("main", 0, offset, length)
         return bytes(data)
 
@@ -468,7 +468,7 @@ def _read(descriptor: int, offset: int, length: int, path: Path) -> bytes:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def translated(path: Path) -> Iterator[None]:
     """apsw's exceptions as ours."""
     try:
         yield

@@ -19,6 +19,12 @@ NAMES = (
     "before-checkpoint",
     "under-barrier",
     "after-checkpoint",
+    "before-followed-restore",
+    "after-followed-restore",
+    "before-followed-frames",
+    "before-followed-commit",
+    "before-followed-index",
+    "after-followed-index",
 )
 
 _name, _, _count = os.environ.get("REPLICATOR_FAILPOINT", "").partition(":")

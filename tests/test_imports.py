@@ -20,6 +20,8 @@ ONLY_IN = {
         "replicator/restore.py",
         "replicator/past.py",
         "replicator/diff.py",
+        "replicator/follow.py",
+        "replicator/followed.py",
         "minipaas/state.py",
     },
     "pyrage": {"minipaas/sealing.py"},
@@ -31,6 +33,7 @@ ONLY_IN = {
 PURE = {
     "replicator/values.py",
     "replicator/wal.py",
+    "replicator/walindex.py",
     "replicator/segment.py",
     "replicator/pagehash.py",
     "replicator/layout.py",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from replicator.cli import progress, restore_many
-from replicator.cli.options import FILE, MOMENT, TXID, config_option, format_option, json_option, parse_txid
+from replicator.cli import progress, restore_follow, restore_many
+from replicator.cli.options import DURATION, FILE, MOMENT, TXID, config_option, format_option, json_option, parse_txid
 from replicator.cli.places import (
     explained,
     find_config,
@@ -80,6 +80,17 @@ class Wish:
 )
 @click.option("--parallelism", type=click.IntRange(1, 64), default=8, show_default=True, help="Downloads at once.")
 @format_option
+@click.option(
+    "--follow", is_flag=True, help="Keep the copy up to date until this is stopped; others may read it meanwhile."
+)
+@click.option(
+    "--follow-interval",
+    callback=DURATION,
+    metavar="TIME",
+    default="1s",
+    show_default=True,
+    help="Between two looks at the replica.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be restored; write nothing.")
 @json_option
 def restore(
@@ -96,6 +107,8 @@ def restore(
     integrity_check: str,
     parallelism: int,
     kind: str | None,
+    follow: bool,
+    follow_interval: float,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -129,11 +142,17 @@ def restore(
     if output is None and "://" in source:
         raise UsageError("where is the database to be? give its path with -o")
     target = (output or Path(source)).absolute()
-    if if_db_not_exists and target.exists() and not target.is_dir():
+    if if_db_not_exists and not follow and target.exists() and not target.is_dir():
         tell({"restored": False, "reason": f"{target} exists"}, as_json, f"{target} exists; nothing to do")
         return 0
     if configured is None and is_folder(store):
         return _restore_many(restore_many.of_folder(store, target), wish, config, as_json)
+    if follow:
+        if everything or dry_run or txid is not None or kind == "litestream" or configured is not None:
+            raise UsageError(
+                "--follow keeps one copy of a replica at a URL up to date; leave out what does not fit to that"
+            )
+        return restore_follow.run(store, target, options, follow_interval, as_json)
     job = Job(store, target, folder_entry(source, configured, config), configured)
     with progress.shown(str(target)) as on_progress:
         document, lines = _restore_one(job, on_progress, wish, config)
