@@ -135,12 +135,12 @@ class LiveDatabase:
             self.close()
             raise
 
-    def close(self) -> None:
+    def close(self, *, checkpoint: bool = True) -> None:
         """Ends everything. SQLite itself checkpoints, as the last connection of a database does, and deletes the WAL by its name.
 
-        So not when somebody has put another WAL there, which is an application's.
+        So not when somebody has put another WAL there, which is an application's. checkpoint: False to leave file and WAL as they are.
         """
-        if not self.wal_is_ours() and Path(f"{self.path}-wal").exists():
+        if not checkpoint or (not self.wal_is_ours() and Path(f"{self.path}-wal").exists()):
             for connection in self._connections:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         for connection in self._connections:

@@ -58,8 +58,8 @@ class FollowedCopy(LiveDatabase):
             self.close()
             raise
 
-    def close(self) -> None:
-        super().close()
+    def close(self, *, checkpoint: bool = True) -> None:
+        super().close(checkpoint=checkpoint)
         while self._files:
             os.close(self._files.pop())
 

@@ -42,7 +42,7 @@ from replicator.errors import (
     UsageError,
 )
 from replicator.layout import SegmentRef
-from replicator.pagehash import StateHashes, hash_pages
+from replicator.pagehash import StateHashes, hash_pages, page_hash
 from replicator.partial import JOURNAL_SUFFIX, Partial, take_journal
 from replicator.replica import Replica, open_segment
 from replicator.segment import Group, ReadAt, SegmentReader
@@ -141,6 +141,7 @@ def restore(
     *,
     on_progress: OnProgress | None = None,
     before_publish: Callable[[int, RestoreReport], None] = lambda fd, report: None,
+    unusable: dict[str, ReplicatorError] | None = None,
 ) -> RestoreReport:
     """Write the state at a position of the replica in ``store`` to the new file ``target``, durably.
 
@@ -148,7 +149,7 @@ def restore(
     checksum of the finished file are verified before the file gets its name. Otherwise nothing is left at the target.
     A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position; what
     was downloaded before is not downloaded again.
-    before_publish: called with the descriptor of the finished file before it gets its name.
+    before_publish: called with the descriptor of the finished file before it gets its name. unusable: as for ``with_fallback``.
     Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
     """
     started = time.monotonic()
@@ -160,9 +161,51 @@ def restore(
         def attempt(plan: RestorePlan) -> RestoreReport:
             return _fill(replica, plan, file, options, started, on_progress or (lambda done, total: None))
 
-        report = with_fallback(replica, options, attempt)
+        report = with_fallback(replica, options, attempt, unusable)
         before_publish(file.fd, report)
     return report
+
+
+def restore_nowhere(
+    store: ObjectStore, options: RestoreOptions, *, unusable: dict[str, ReplicatorError] | None = None
+) -> RestoreReport:
+    """Fetch and verify what ``restore`` would, without a file: every page counts in the state checksum, and is let go.
+
+    SQLite's own check is left out. Raises what ``restore`` raises of the replica.
+    """
+    started = time.monotonic()
+    check_options(options)
+    replica = Replica(store)
+    fd = os.memfd_create("replicator", os.MFD_CLOEXEC)  # stays as empty as it is; only its size changes
+    file = _File(fd, Path(f"/proc/self/fd/{fd}"), Partial(fd))
+    tally = _Tally()
+
+    def attempt(plan: RestorePlan) -> RestoreReport:
+        file.partial.prepare(plan.database, plan.page_size, plan.page_count)
+        tally.hashes.resize(plan.page_count)
+        assembly = _Assembly(store, plan, file, options.parallelism, lambda done, total: None, tally.take)
+        assembly.run()
+        _check_state(plan, tally.hashes)
+        return _report(plan, tally.hashes, assembly, started)
+
+    try:
+        return with_fallback(replica, options, attempt, unusable)
+    finally:
+        os.close(fd)
+
+
+class _Tally:
+    """Hashes of pages that come in any order, from several threads."""
+
+    def __init__(self) -> None:
+        self.hashes = StateHashes()
+        self._guard = threading.Lock()
+
+    def take(self, pages: list[tuple[int, memoryview]]) -> None:
+        found = np.fromiter((page_hash(page_no, data) for page_no, data in pages), np.uint64, len(pages))
+        page_nos = np.fromiter((page_no for page_no, _ in pages), np.uint32, len(pages))
+        with self._guard:
+            self.hashes.set_many(page_nos, found)
 
 
 # -- which segments ----------------------------------------------------------------------------------------------------
@@ -457,6 +500,10 @@ def _fill(
         file.partial.forget()
         return _fill(replica, plan, file, options, started, on_progress)
     _check_integrity(file.path, plan, options.integrity_check)
+    return _report(plan, hashes, assembly, started)
+
+
+def _report(plan: RestorePlan, hashes: StateHashes, assembly: _Assembly, started: float) -> RestoreReport:
     return RestoreReport(
         position=plan.position,
         reached_ms=plan.reached_ms,
@@ -487,12 +534,16 @@ def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
     with ThreadPoolExecutor(parallelism, "read-back") as pool:
         for first_page_no, found in pool.map(hash_at, range(0, size_bytes, _READ_BACK_BYTES)):
             hashes.set_range(first_page_no, found)
+    _check_state(plan, hashes)
+    return hashes
+
+
+def _check_state(plan: RestorePlan, hashes: StateHashes) -> None:
     if hashes.checksum != plan.state_checksum:
         raise StateMismatch(
             f"the pages of {plan.position} have the state checksum {hashes.checksum:016x}, the source had "
             f"{plan.state_checksum:016x}; the result was thrown away, restore another position"
         )
-    return hashes
 
 
 def _check_integrity(path: Path, plan: RestorePlan, check: IntegrityCheck) -> None:
@@ -591,9 +642,17 @@ class _Assembly:
     """
 
     def __init__(
-        self, store: ObjectStore, plan: RestorePlan, file: _File, parallelism: int, on_progress: OnProgress
+        self,
+        store: ObjectStore,
+        plan: RestorePlan,
+        file: _File,
+        parallelism: int,
+        on_progress: OnProgress,
+        take: Callable[[list[tuple[int, memoryview]]], None] | None = None,
     ) -> None:
+        """take: gets the pages in place of the file; from several threads."""
         self.downloaded_bytes = 0
+        self._take_pages = take or self._write
         self._store = store
         self._plan = plan
         self._fd = file.fd
@@ -688,7 +747,7 @@ class _Assembly:
                 at = group.offset - start
                 pages = fetch.opened.reader.decode_group(group, data[at : at + group.length])
                 pages = [page for page in pages if wanted is None or page[0] in wanted]
-                self._write(pages)
+                self._take_pages(pages)
                 self._partial.wrote(fetch.opened.ref, np.fromiter((page[0] for page in pages), np.uint32, len(pages)))
         return fetch.length
 
