@@ -415,6 +415,7 @@ class _Builder:
                 idle_checkpoint_s=_get(values, "checkpoint-interval", CaptureSettings.idle_checkpoint_s) or NEVER_S,
             ),
             interval_s=self._interval(replica_value.value, top, f"{where}.replica"),
+            trial_every_s=_trial_interval(replica_value.value, top),
         )
         path: Path = values["dir" if "dir" in values else "path"].value
         return DatabaseConfig(
@@ -539,6 +540,12 @@ class _Builder:
 
 def _get(values: _Section, name: str, default: Any) -> Any:
     return values[name].value if name in values else default
+
+
+def _trial_interval(replica: _Section, top: _Section) -> float:
+    """Seconds; 0 for never."""
+    default = _get(top, "validation-interval", _get(_get(top, "validation", {}), "interval", 0.0))
+    return float(_get(replica, "validation-interval", default))
 
 
 def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -> str:

@@ -43,7 +43,6 @@ def _unused(kind: Kind, instead: str, *names: str, section: tuple[Key, ...] = ()
 
 _NEVER_DELETED = "not built yet: every segment is kept, nothing in the store is deleted"
 _NO_COMPACTION = "not built yet: segments stay as they were shipped"
-_NO_VALIDATION = "a restore verifies every checksum; verifying at intervals is not built yet"
 _OTHER_STORE = "belongs to a kind of store that is not built yet; replicas go to s3 or file"
 _S3_CLIENT = "the S3 client decides this by itself"
 _NO_SERVER = "not built yet: nothing listens there"
@@ -70,7 +69,11 @@ STORE_KEYS: tuple[Key, ...] = (
         "duration",
         "under an endless stream of commits one segment leaves in this time; a single commit leaves at once. Default 1s",
     ),
-    *_unused("duration", _NO_VALIDATION, "validation-interval"),
+    Key(
+        "validation-interval",
+        "duration",
+        "the replica is restored for a trial this often (see Proof); 0 for never. Default: `interval` of `validation`",
+    ),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-ltx-files"),
     *_unused("flag", "local state that is damaged is always set aside, and a new timeline begins", "auto-recover"),
     *_unused("flag", _S3_CLIENT, "sign-payload", "require-content-md5", "sign-accept-encoding"),
@@ -201,7 +204,18 @@ TOP_KEYS: tuple[Key, ...] = (
     ),
     *_unused("section", _NEVER_DELETED, "retention", section=_unused("flag", _NEVER_DELETED, "enabled")),
     *_unused("duration", _NEVER_DELETED, "l0-retention", "l0-retention-check-interval"),
-    *_unused("section", _NO_VALIDATION, "validation", section=_unused("duration", _NO_VALIDATION, "interval")),
+    Key(
+        "validation",
+        "section",
+        "trial restores of all replicas",
+        section=(
+            Key(
+                "interval",
+                "duration",
+                "each replica is restored for a trial this often, such as `24h`; 0 for never. Default 0",
+            ),
+        ),
+    ),
     *_unused("flag", _NO_COMPACTION, "verify-compaction"),
     *_unused("text", _NO_SERVER, "addr", "mcp-addr"),
     *_unused("text", "not built yet: nothing is called; ask `replicator status`", "heartbeat-url"),
@@ -213,10 +227,12 @@ def reference() -> str:
     """The tables of docs/replicator.md, in Markdown."""
     logging = next(key for key in TOP_KEYS if key.name == "logging")
     socket = next(key for key in TOP_KEYS if key.name == "socket")
+    validation = next(key for key in TOP_KEYS if key.name == "validation")
     tables = (
         ("At the top of the file", tuple(key for key in TOP_KEYS if key not in STORE_KEYS)),
         ("In `logging`", logging.section),
         ("In `socket`", socket.section),
+        ("In `validation`", validation.section),
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
     )

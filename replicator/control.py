@@ -27,6 +27,7 @@ from replicator.values import Position, format_time, parse_duration
 
 if TYPE_CHECKING:
     from replicator.service import Replicator
+    from replicator.trials import TrialRecord
     from replicator.worker import DatabaseStatus
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,19 @@ def status_document(status: DatabaseStatus) -> dict[str, Any]:
         "page_count": status.page_count,
         "checkpoint_blocked": status.checkpoint_blocked,
         "longest_barrier_s": round(status.barrier_s, 6),
+        "trial": _trial_document(status.trial) if status.trial else None,
+    }
+
+
+def _trial_document(trial: TrialRecord) -> dict[str, Any]:
+    """proved_*: up to which position and commit the replica was restored for a trial, and when; null if never."""
+    return {
+        "proved": trial.position or None,
+        "proved_time": format_time(trial.commit_ms) if trial.position else None,
+        "proved_at": format_time(trial.proved_ms) if trial.position else None,
+        "tried_at": format_time(trial.tried_ms),
+        "problem": trial.problem,
+        "integrity_unchecked": trial.unchecked,
     }
 
 

@@ -32,6 +32,7 @@ from replicator.restore import (
     RestoreOptions,
     RestoreReport,
     check_link,
+    check_space,
     plan_restore,
     restore,
     restore_nowhere,
@@ -84,7 +85,7 @@ def verify(
     wish, problem = options, ""
     for _ in range(MAX_TRIALS):
         try:
-            verdict = _trial(store, folder, wish, unusable, on_progress)
+            verdict = trial(store, folder, wish, unusable=unusable, on_progress=on_progress)
         except DAMAGE as error:
             problem = problem or str(error)
             earlier = _earlier(store, wish, unusable, error)
@@ -102,17 +103,25 @@ def verify(
     return replace(verdict, problem=problem, damaged=tuple((key, str(error)) for key, error in sorted(damaged.items())))
 
 
-def _trial(
+def trial(
     store: ObjectStore,
     folder: Path,
     options: RestoreOptions,
-    unusable: dict[str, ReplicatorError],
-    on_progress: OnProgress | None,
+    *,
+    unusable: dict[str, ReplicatorError] | None = None,
+    on_progress: OnProgress | None = None,
+    reserve_bytes: int = 0,
 ) -> Verdict:
+    """One restore to a scratch file in ``folder``; without a file if that would leave less than ``reserve_bytes`` free there.
+
+    Raises what DAMAGE names when the position cannot be restored, StoreError.
+    """
+    unusable = {} if unusable is None else unusable
     scratch = folder / SCRATCH
     plan = plan_restore(store, options)
     pinned = replace(options, position=plan.position, txid=None, at_ms=None, timeline=None)
     try:
+        check_space(folder, plan.size_bytes + reserve_bytes)
         report = restore(store, scratch, pinned, on_progress=on_progress, unusable=unusable)
     except DAMAGE:
         raise

@@ -31,6 +31,7 @@ from replicator.scheduler import Crew
 from replicator.ship import PROVE_EVERY_S, Diverged, Shipper
 from replicator.spool import Spool
 from replicator.store import ObjectStore
+from replicator.trials import TrialRecord, Trials
 from replicator.values import Position
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class DatabaseStatus:
     """How one database is.
 
     lag_s: age of the oldest commit that is captured but not durable; when there is none, how long the last one took.
+    trial: what the last trial restore showed, None when there was none.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
     """
 
@@ -71,6 +73,7 @@ class DatabaseStatus:
     page_count: int
     checkpoint_blocked: bool
     barrier_s: float
+    trial: TrialRecord | None = None
 
     @property
     def words(self) -> str:
@@ -82,13 +85,15 @@ class DatabaseStatus:
 @dataclass(frozen=True)
 class WorkerSettings:
     """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
-    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
+    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there.
+    trial_every_s: the replica is restored for a trial this often; 0 for never."""
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
     burst: int = 100
     spool_limit_bytes: int = 1024 * 1024 * 1024
     prove_every_s: float = PROVE_EVERY_S
+    trial_every_s: float = 0.0
 
 
 class DatabaseWorker:
@@ -113,13 +118,15 @@ class DatabaseWorker:
         register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
         """
         self.path = path
-        self._store = store
+        self.store = store
+        self.trial_every_s = settings.trial_every_s
         self._settings = settings
         self._writer = writer
         self._now_ms = now_ms
         self._epoch = epoch
         self._register = register
         self._spool = Spool(state_directory, now_ms=now_ms)
+        self.trials = Trials(state_directory)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
@@ -243,7 +250,7 @@ class DatabaseWorker:
             self._register()
             self._spool.begin_fork()
             self._begun = origin.new_timeline(
-                Replica(self._store),
+                Replica(self.store),
                 need.known,
                 writer=self._writer,
                 reason=need.reason,
@@ -346,7 +353,7 @@ class DatabaseWorker:
         protection, reason = self._protection()
         return DatabaseStatus(
             path=self.path,
-            url=self._store.url,
+            url=self.store.url,
             protection=protection,
             reason=reason,
             lag_s=self._lag_s(),
@@ -360,7 +367,18 @@ class DatabaseWorker:
             page_count=figures.page_count,
             checkpoint_blocked=figures.checkpoint_blocked,
             barrier_s=figures.barrier_s,
+            trial=self.trials.record,
         )
+
+    @property
+    def safe_position(self) -> Position | None:
+        """Up to which everything is in the store; None while something is wrong or on its way."""
+        return self._durable() if self._shipping_state()[0] is Protection.PROTECTED else None
+
+    def distrust(self, reason: str) -> None:
+        """The replica does not give what was shipped: a new timeline begins with a snapshot."""
+        self._shipper.distrust(reason)
+        self._wake(self)
 
     @property
     def figures(self) -> CaptureFigures:
@@ -392,6 +410,7 @@ class DatabaseWorker:
         try:
             if self._forgets and self.is_finished:
                 self._capture.let_go()
+                self.trials.remove()
                 self._spool.remove()
             else:
                 self._capture.close()
@@ -413,6 +432,13 @@ class DatabaseWorker:
         return self._spool.waiting_s() or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
+        found = self._shipping_state()
+        trial = self.trials.record
+        if trial is not None and trial.is_source and found[0] is Protection.PROTECTED:
+            return Protection.NOT_PROTECTED, f"the database itself is damaged: {trial.problem}"
+        return found
+
+    def _shipping_state(self) -> tuple[Protection, str]:
         problem = self._problem or self._shipper.problem or self._shipper.diverged
         if problem is not None:
             return Protection.NOT_PROTECTED, str(problem)

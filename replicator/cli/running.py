@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,7 +31,18 @@ def status(config_file: Path | None, no_expand_env: bool, socket_path: Path | No
         for d in databases
     ]
     lines = table(("DATABASE", "STATUS", "DURABLE", "LAST COMMIT THERE", "WAITING"), rows)
-    tell(found, as_json, *lines, *(f"{d['path']}: {d['reason']}" for d in databases if d["reason"]))
+    lines += [f"{d['path']}: {d['reason']}" for d in databases if d["reason"]]
+    tell(found, as_json, *lines, *(_proof(d["path"], d["trial"]) for d in databases if d.get("trial")))
+
+
+def _proof(path: str, trial: dict[str, Any]) -> str:
+    proved = (
+        f"proved until {trial['proved_time']} ({trial['proved']}), at {trial['proved_at']}"
+        if trial["proved"]
+        else "never proved"
+    )
+    problem = f"; the trial restore at {trial['tried_at']} FAILED: {trial['problem']}" if trial["problem"] else ""
+    return f"{path}: {proved}{problem}"
 
 
 @click.command()

@@ -48,9 +48,9 @@ def verify(
 ) -> int:
     """Prove that a replica can be restored, by restoring it to a scratch file.
 
-    Verifies checksums, that the segments follow from each other, the state checksum of all pages, and SQLite's integrity_check. Says
-    up to when it is proved, and what can be restored besides. The URL of a folder's replica verifies all its databases. Exit code 1 when something is
-    wrong, with what remains restorable.
+    Verifies checksums, that the segments follow from each other, the state checksum of all pages, and SQLite's
+    integrity_check. Says up to when it is proved, and what can be restored besides. The URL of a folder's replica verifies all
+    its databases. Exit code 1 when something is wrong, with what remains restorable.
     """
     from replicator import catalogue
     from replicator.restore import RestoreOptions
