@@ -121,12 +121,17 @@ class Follower:
             raise RestoreError(f"the directory {self._target.parent} does not exist; create it first")
         durable.make_dirs(self._folder)
         self._take_lock()
-        self._scratch.unlink(missing_ok=True)
+        for left in self._folder.glob(".*restoring-*"):
+            left.unlink()
         state = self._load()
         if not os.path.lexists(self._target):
             failpoints.reach("before-followed-restore")
             restore(
-                self._store, self._target, self._options, on_progress=on_progress, before_publish=self._before_publish
+                self._store,
+                self._target,
+                replace(self._options, resume=True),
+                on_progress=on_progress,
+                before_publish=self._before_publish,
             )
             failpoints.reach("after-followed-restore")
             state = self._load()
@@ -341,7 +346,7 @@ class Follower:
 
     @property
     def _scratch(self) -> Path:
-        return self._folder / "newest.db"
+        return self._folder / ".newest.restoring-scratch"  # by this name no replicator takes it for a database
 
     def _save(self, state: State) -> None:
         durable.write_file(self._folder / "state", msgspec.json.encode(state))
