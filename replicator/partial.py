@@ -135,7 +135,7 @@ class Partial:
 
 def take_journal(path: Path) -> int:
     """Descriptor of the journal at the path, which is this process's alone until it is closed. Raises RestoreError, OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_ours = os.fstat(descriptor).st_nlink > 0  # else its holder has removed it just now

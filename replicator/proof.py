@@ -17,10 +17,10 @@ from replicator.errors import (
     ChainBroken,
     FormatError,
     IntegrityCheckFailed,
+    NoRoom,
     NothingToRestore,
     ObjectMissing,
     ReplicatorError,
-    RestoreError,
     StateMismatch,
 )
 from replicator.image import Image
@@ -123,11 +123,9 @@ def trial(
     try:
         check_space(folder, plan.size_bytes + reserve_bytes)
         report = restore(store, scratch, pinned, on_progress=on_progress, unusable=unusable)
-    except DAMAGE:
-        raise
     except IntegrityCheckFailed as error:
         return Verdict(restore_nowhere(store, pinned, unusable=unusable), integrity=str(error))
-    except RestoreError as error:  # no room for the file
+    except NoRoom as error:
         return Verdict(restore_nowhere(store, pinned, unusable=unusable), unchecked=str(error))
     finally:
         scratch.unlink(missing_ok=True)

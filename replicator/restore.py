@@ -31,6 +31,7 @@ from replicator.errors import (
     ChainBroken,
     FormatError,
     IntegrityCheckFailed,
+    NoRoom,
     NothingToRestore,
     ObjectMissing,
     ReplicatorError,
@@ -363,11 +364,11 @@ def _mention_leftovers(target: Path) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int, there_bytes: int = 0) -> None:
-    """there_bytes: what of it is on the disk already. Raises RestoreError."""
+    """there_bytes: what of it is on the disk already. Raises NoRoom."""
     found = os.statvfs(folder)
     available_bytes = found.f_bavail * found.f_frsize
     if needed_bytes - there_bytes > available_bytes:
-        raise RestoreError(
+        raise NoRoom(
             f"the restored database needs {format_size(needed_bytes)} in {folder}, where {format_size(available_bytes)} are free; "
             "make room, or restore to another file system"
         )
@@ -394,9 +395,10 @@ def _file_for(target: Path, options: RestoreOptions) -> Iterator[_File]:
 
 @contextmanager
 def _kept_database(target: Path, options: RestoreOptions) -> Iterator[_File]:
-    """As ``new_database``; but when the store fails, or somebody interrupts, what is there is left for the next restore."""
+    """As ``new_database``; but when the store fails, the disk is full or somebody interrupts, what is there is left for the next."""
     path = _kept_file(target)
     journal = _journal_of(path)
+    is_begun = False
     try:
         journal_fd = take_journal(journal)
         try:
@@ -404,11 +406,15 @@ def _kept_database(target: Path, options: RestoreOptions) -> Iterator[_File]:
                 partial = Partial(fd, journal_fd)
                 if partial.is_inherited:
                     log.warning("going on with what an interrupted restore left in %s", path)
-                yield _File(fd, path, partial)
+                try:
+                    yield _File(fd, path, partial)
+                finally:
+                    is_begun = partial.is_begun
         except BaseException as error:
-            if isinstance(error, ReplicatorError) and not isinstance(error, StoreError):
+            is_final = isinstance(error, ReplicatorError) and not isinstance(error, (StoreError, NoRoom))
+            if is_final or not is_begun:
                 _remove(path, journal)
-            elif path.exists():
+            else:
                 log.warning(
                     "what was downloaded is kept in %s; the same restore goes on from there, or remove it", path
                 )
@@ -441,7 +447,7 @@ def new_database(target: Path, mode: int | None, owner: tuple[int, int] | None =
 def _given_name(
     target: Path, temporary: Path, mode: int | None, owner: tuple[int, int] | None, flags: int = 0
 ) -> Iterator[int]:
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
     try:
         yield fd
         _give_to(fd, target, 0o600 if mode is None else mode, owner)

@@ -21,6 +21,7 @@ from replicator.store.file import FileStore
 from replicator.store.memory import MemoryStore
 from replicator.trials import TrialRecord, Trials
 from replicator.values import Position
+from replicator.watch import Folder
 from replicator.worker import DatabaseStatus, Protection, WorkerSettings
 
 OFTEN = WorkerSettings(interval_s=0.0, trial_every_s=0.05)
@@ -115,6 +116,22 @@ def test_what_was_shipped_and_is_gone_is_damage_too(tmp_path: Path, database: ap
         for segment in (tmp_path / "bucket" / "segments" / "00000001" / "0").glob(f"*-{position.txid:016d}.seg"):
             segment.unlink()
         assert proved(replicator, Position(2, 0))
+
+
+def test_a_database_that_is_deleted_takes_its_trials_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "tenants"
+    folder.mkdir()
+    connection = apsw.Connection(str(folder / "app.db"))
+    connection.execute("PRAGMA journal_mode=wal; CREATE TABLE ledger (id INTEGER PRIMARY KEY)").fetchall()
+    replicator = Replicator()
+    replicator.start()
+    replicator.add_folder(Folder(folder), FileStore(tmp_path / "bucket"), state=tmp_path / "state", settings=OFTEN)
+    proved(replicator, replicator.sync(folder / "app.db", 20))
+    connection.close()
+    (folder / "app.db").unlink()
+    wait_for(lambda: replicator.status() == [])
+    replicator.stop()
+    assert [path.name for path in (tmp_path / "state").rglob("*") if path.is_file()] == []
 
 
 class Fake:

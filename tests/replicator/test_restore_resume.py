@@ -8,12 +8,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from restore_support import ReplicaBuilder
 
-from replicator.errors import RestoreError, StoreUnavailable
+from replicator.errors import NoRoom, RestoreError, StoreUnavailable
 from replicator.layout import SegmentRef
 from replicator.partial import Partial, take_journal
 from replicator.restore import RestoreOptions, plan_restore, restore
@@ -144,6 +145,29 @@ def test_what_is_left_of_another_database_is_not_used(
     other.snapshot(Position(1, 1), os.urandom(4096 * 50), database="f" * 32)
     restore(other.store, target, RESUME)
     assert target.read_bytes() == other.states[Position(1, 1)]
+
+
+def test_a_full_disk_costs_nothing_of_what_is_there(
+    builder: ReplicaBuilder, store: MemoryStore, tmp_path: Path, state: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "app.db"
+    fail_in_the_middle(store, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=2, f_frsize=4096))
+        with pytest.raises(NoRoom, match="needs 7.8 MiB in .*, where 8.0 KiB are free"):
+            restore(store, target, RESUME)
+    assert restore(store, target, RESUME).downloaded_bytes < 0.8 * len(state)
+    assert target.read_bytes() == state
+
+
+def test_a_restore_that_got_nothing_leaves_nothing(builder: ReplicaBuilder, store: MemoryStore, tmp_path: Path) -> None:
+    def fail(operation: str, key: str) -> None:
+        raise StoreUnavailable("the store is away")
+
+    store.before = fail
+    with pytest.raises(StoreUnavailable):
+        restore(store, tmp_path / "app.db", RESUME)
+    assert left(tmp_path) == []
 
 
 def test_two_restores_never_write_one_file(builder: ReplicaBuilder, store: MemoryStore, tmp_path: Path) -> None:
