@@ -458,6 +458,7 @@ class _Builder:
             interval_s=self._interval(replica_value.value, top, f"{where}.replica"),
             upkeep=self._upkeep(values, top, where),
             allowance=self._allowance(replica_value, top, f"{where}.replica"),
+            trial_every_s=_trial_interval(replica_value.value, top),
         )
         path: Path = values["dir" if "dir" in values else "path"].value
         return DatabaseConfig(
@@ -670,6 +671,12 @@ def _marks(entry: DatabaseConfig) -> set[tuple[object, ...]]:
 
 def _get(values: _Section, name: str, default: Any) -> Any:
     return values[name].value if name in values else default
+
+
+def _trial_interval(replica: _Section, top: _Section) -> float:
+    """Seconds; 0 for never."""
+    default = _get(top, "validation-interval", _get(_get(top, "validation", {}), "interval", 0.0))
+    return float(_get(replica, "validation-interval", default))
 
 
 def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -> str:

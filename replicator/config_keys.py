@@ -41,7 +41,6 @@ def _unused(kind: Kind, instead: str, *names: str, section: tuple[Key, ...] = ()
     return tuple(Key(name, kind, instead=instead, section=section) for name in names)
 
 
-_NO_VALIDATION = "a restore verifies every checksum; verifying at intervals is not built yet"
 _OTHER_STORE = "belongs to a kind of store that is not built yet; replicas go to s3 or file"
 _S3_CLIENT = "the S3 client decides this by itself"
 _NO_SERVER = "not built yet: nothing listens there"
@@ -103,7 +102,11 @@ STORE_KEYS: tuple[Key, ...] = (
         ),
     ),
     Key("age", "section", "encryption of all that is stored; its keys are below", section=AGE_KEYS),
-    *_unused("duration", _NO_VALIDATION, "validation-interval"),
+    Key(
+        "validation-interval",
+        "duration",
+        "the replica is restored for a trial this often (see Proof); 0 for never. Default: `interval` of `validation`",
+    ),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-ltx-files"),
     *_unused("flag", "local state that is damaged is always set aside, and a new timeline begins", "auto-recover"),
     *_unused("flag", _S3_CLIENT, "sign-payload", "require-content-md5", "sign-accept-encoding"),
@@ -245,7 +248,18 @@ TOP_KEYS: tuple[Key, ...] = (
         "Default 24h",
     ),
     *_unused("duration", "looked at once in the longest interval of levels", "l0-retention-check-interval"),
-    *_unused("section", _NO_VALIDATION, "validation", section=_unused("duration", _NO_VALIDATION, "interval")),
+    Key(
+        "validation",
+        "section",
+        "trial restores of all replicas",
+        section=(
+            Key(
+                "interval",
+                "duration",
+                "each replica is restored for a trial this often, such as `24h`; 0 for never. Default 0",
+            ),
+        ),
+    ),
     *_unused("flag", "what was merged is always read back and verified", "verify-compaction"),
     Key(
         "addr",
@@ -269,6 +283,7 @@ def reference() -> str:
     socket = next(key for key in TOP_KEYS if key.name == "socket")
     levels = next(key for key in TOP_KEYS if key.name == "levels")
     retention = next(key for key in TOP_KEYS if key.name == "retention")
+    validation = next(key for key in TOP_KEYS if key.name == "validation")
     tables = (
         ("At the top of the file", tuple(key for key in TOP_KEYS if key not in STORE_KEYS)),
         ("In `logging`", logging.section),
@@ -276,6 +291,7 @@ def reference() -> str:
         ("In an entry of `levels`", levels.section),
         ("In `snapshot`", _SNAPSHOT.section),
         ("In `retention`", retention.section),
+        ("In `validation`", validation.section),
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
         ("In `age`", AGE_KEYS),

@@ -34,6 +34,7 @@ from replicator.values import Position, format_time, parse_duration
 
 if TYPE_CHECKING:
     from replicator.roster import Left
+    from replicator.trials import TrialRecord
     from replicator.worker import DatabaseStatus
 
 DEFAULT_WAIT_S = 30.0
@@ -94,6 +95,19 @@ def status_document(status: DatabaseStatus) -> dict[str, Any]:
         "puts_minute": status.puts_minute,
         "puts_hour": status.puts_hour,
         "usd_per_month": None if status.usd_per_month is None else round(status.usd_per_month, 2),
+        "trial": _trial_document(status.trial) if status.trial else None,
+    }
+
+
+def _trial_document(trial: TrialRecord) -> dict[str, Any]:
+    """proved_*: up to which position and commit the replica was restored for a trial, and when; null if never."""
+    return {
+        "proved": trial.position or None,
+        "proved_time": format_time(trial.commit_ms) if trial.position else None,
+        "proved_at": format_time(trial.proved_ms) if trial.position else None,
+        "tried_at": format_time(trial.tried_ms),
+        "problem": trial.problem,
+        "integrity_unchecked": trial.unchecked,
     }
 
 

@@ -19,6 +19,12 @@ NAMES = (
     "before-checkpoint",
     "under-barrier",
     "after-checkpoint",
+    "before-followed-restore",
+    "after-followed-restore",
+    "before-followed-frames",
+    "before-followed-commit",
+    "before-followed-index",
+    "after-followed-index",
 )
 UPKEEP_NAMES = (
     "before-merge-upload",

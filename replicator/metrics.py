@@ -159,7 +159,6 @@ class Collector:
     """For a registry of prometheus_client: asks for everything anew at each scrape.
 
     statuses: of every database. meters: of the stores, by the URL of the replica.
-    drills: UTC milliseconds of the last restore drill of a database that succeeded, for those that had one.
     """
 
     def __init__(
@@ -167,12 +166,10 @@ class Collector:
         statuses: Callable[[], Iterable[DatabaseStatus]],
         meters: Callable[[], Mapping[str, Meter]] = dict,
         *,
-        drills: Callable[[], Mapping[Path, int]] = dict,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._statuses = statuses
         self._meters = meters
-        self._drills = drills
         self._now_ms = now_ms
 
     def collect(self) -> Iterator[Metric]:
@@ -181,7 +178,7 @@ class Collector:
         for described, value in _OF_DATABASE:
             yield _family(described, (((_label(status.path),), value(status)) for status in statuses))
         now_ms = self._now_ms()
-        yield _family(_DRILL, (((_label(path),), (now_ms - at_ms) / 1000) for path, at_ms in self._drills().items()))
+        yield _family(_DRILL, (((_label(status.path),), _drill_age_s(status, now_ms)) for status in statuses))
         measured = [(url, each) for url, meter in self._meters().items() for each in meter.snapshot()]
         for described, total in _OF_STORE:
             yield _family(described, (((url, it.operation, it.outcome), total(it)) for url, it in measured))
@@ -189,6 +186,11 @@ class Collector:
     def describe(self) -> Iterable[Metric]:
         """Nothing: a registry then asks for no values when this is registered."""
         return ()
+
+
+def _drill_age_s(status: DatabaseStatus, now_ms: int) -> float | None:
+    trial = status.trial
+    return (now_ms - trial.proved_ms) / 1000 if trial is not None and trial.proved_ms else None
 
 
 def _family(described: Described, samples: Iterable[tuple[tuple[str, ...], Value]]) -> Metric:

@@ -31,21 +31,24 @@ from replicator.errors import (
     ChainBroken,
     FormatError,
     IntegrityCheckFailed,
+    NoRoom,
     NothingToRestore,
     ObjectMissing,
     ReplicatorError,
     RestoreError,
     SegmentDamaged,
     StateMismatch,
+    StoreError,
     TargetExists,
     UsageError,
 )
 from replicator.layout import SegmentRef
-from replicator.pagehash import StateHashes, hash_pages
+from replicator.pagehash import StateHashes, hash_pages, page_hash
+from replicator.partial import JOURNAL_SUFFIX, Partial, take_journal
 from replicator.replica import Replica, open_segment
 from replicator.segment import Group, ReadAt, SegmentReader
 from replicator.store import ObjectStore
-from replicator.values import Position, Timeline
+from replicator.values import Position, Timeline, format_size
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +58,14 @@ OnProgress = Callable[[int, int], None]
 IntegrityCheck = Literal["none", "quick", "full"]
 PRAGMAS = {"quick": "quick_check", "full": "integrity_check"}
 
+MAX_LISTINGS = 10
+"""So often a restore lists the replica, when objects that were listed are gone."""
+
 _T = TypeVar("_T")
 
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
 _FETCH_BYTES = 2 << 20  # of a larger one, neighbouring groups up to this size are
 _READ_BACK_BYTES = 4 << 20
-_MOST_LISTED_AGAIN = 3
 _SIDE_FILES = ("", "-wal", "-journal", "-shm")
 
 
@@ -70,7 +75,9 @@ class RestoreOptions:
 
     txid, at_ms: on ``timeline`` or its ancestors before it left them; on the newest timeline if none is named. at_ms:
     UTC milliseconds since 1970, the last commit at or before it. parallelism: downloads at once. mode: of the restored
-    file; 0600 if none is given, since a database may hold secrets.
+    file; 0600 if none is given, since a database may hold secrets. owner: its user and group; if this process may not give
+    it to them, it stays with the process's own, and nobody else may read it. resume: what is there when the store fails or
+    the process is killed stays, and the next restore to the same target that says so goes on with it.
     """
 
     position: Position | None = None
@@ -80,6 +87,8 @@ class RestoreOptions:
     parallelism: int = 8
     integrity_check: IntegrityCheck = "quick"
     mode: int | None = None
+    owner: tuple[int, int] | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class RestorePlan:
     """What a restore would do. reached_ms: time of the last commit in it. segments: in the order of their txids.
 
     download_bytes: of the segments, an upper bound of what is fetched. size_bytes, state_checksum: of the database that
-    they give.
+    they give; database: its id.
     """
 
     position: Position
@@ -98,6 +107,7 @@ class RestorePlan:
     page_count: int
     size_bytes: int
     state_checksum: int
+    database: str
 
 
 @dataclass(frozen=True)
@@ -131,24 +141,72 @@ def restore(
     options: RestoreOptions = RestoreOptions(),
     *,
     on_progress: OnProgress | None = None,
+    before_publish: Callable[[int, RestoreReport], None] = lambda fd, report: None,
+    unusable: dict[str, ReplicatorError] | None = None,
 ) -> RestoreReport:
     """Write the state at a position of the replica in ``store`` to the new file ``target``, durably.
 
     It is equal, page for page, to what was committed at the source: chain, checksums of the segments and the state
     checksum of the finished file are verified before the file gets its name. Otherwise nothing is left at the target.
-    A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position.
+    A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position; what
+    was downloaded before is not downloaded again.
+    before_publish: called with the descriptor of the finished file before it gets its name. unusable: as for ``with_fallback``.
     Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
     """
     started = time.monotonic()
     check_options(options)
     check_target(target)
-    _mention_leftovers(target)
     replica = Replica(store)
+    with _file_for(target, options) as file:
+
+        def attempt(plan: RestorePlan) -> RestoreReport:
+            return _fill(replica, plan, file, options, started, on_progress or (lambda done, total: None))
+
+        report = with_fallback(replica, options, attempt, unusable)
+        before_publish(file.fd, report)
+    return report
+
+
+def restore_nowhere(
+    store: ObjectStore, options: RestoreOptions, *, unusable: dict[str, ReplicatorError] | None = None
+) -> RestoreReport:
+    """Fetch and verify what ``restore`` would, without a file: every page counts in the state checksum, and is let go.
+
+    SQLite's own check is left out. Raises what ``restore`` raises of the replica.
+    """
+    started = time.monotonic()
+    check_options(options)
+    replica = Replica(store)
+    fd = os.memfd_create("replicator", os.MFD_CLOEXEC)  # stays as empty as it is; only its size changes
+    file = _File(fd, Path(f"/proc/self/fd/{fd}"), Partial(fd))
+    tally = _Tally()
 
     def attempt(plan: RestorePlan) -> RestoreReport:
-        return _write_new_file(replica, plan, target, options, started, on_progress or (lambda done, total: None))
+        file.partial.prepare(plan.database, plan.page_size, plan.page_count)
+        tally.hashes.resize(plan.page_count)
+        assembly = _Assembly(store, plan, file, options.parallelism, lambda done, total: None, tally.take)
+        assembly.run()
+        _check_state(plan, tally.hashes)
+        return _report(plan, tally.hashes, assembly, started)
 
-    return with_fallback(replica, options, attempt)
+    try:
+        return with_fallback(replica, options, attempt, unusable)
+    finally:
+        os.close(fd)
+
+
+class _Tally:
+    """Hashes of pages that come in any order, from several threads."""
+
+    def __init__(self) -> None:
+        self.hashes = StateHashes()
+        self._guard = threading.Lock()
+
+    def take(self, pages: list[tuple[int, memoryview]]) -> None:
+        found = np.fromiter((page_hash(page_no, data) for page_no, data in pages), np.uint64, len(pages))
+        page_nos = np.fromiter((page_no for page_no, _ in pages), np.uint32, len(pages))
+        with self._guard:
+            self.hashes.set_many(page_nos, found)
 
 
 # -- which segments ----------------------------------------------------------------------------------------------------
@@ -181,25 +239,25 @@ def with_fallback(
     """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
 
     The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (compaction and retention do that) is reason to list again, a few times. unusable: keys of
-    segments that are not to be used and why; those that are found are added.
+    was listed and is gone (a merge or retention did that) is reason to list again, a few times: while many are merged, the next
+    may be gone as well. unusable: keys of segments that are not to be used and why; those that are found are added.
     """
     unusable = {} if unusable is None else unusable
-    listed_again = 0
+    listings = 1
     while True:
         try:
             return act(_resolve(replica, options, unusable))
         except Unusable as failed:
             if isinstance(failed.error, ObjectMissing):
-                if listed_again == _MOST_LISTED_AGAIN:
+                if listings == MAX_LISTINGS:
                     raise failed.error from None
-                listed_again += 1
+                listings += 1
             unusable[failed.ref.key] = failed.error
             log.warning("looking for a way around a segment: %s", failed.error)
         except ObjectMissing as error:
-            if listed_again == _MOST_LISTED_AGAIN:
+            if listings == MAX_LISTINGS:
                 raise
-            listed_again += 1
+            listings += 1
             log.warning("the replica changed meanwhile, it is listed again: %s", error)
         except (ChainBroken, NothingToRestore) as broken:
             if not unusable:
@@ -227,6 +285,7 @@ def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, Repl
         page_count=header.page_count,
         size_bytes=header.page_size * header.page_count,
         state_checksum=header.state_after,
+        database=header.database,
     )
 
 
@@ -281,9 +340,21 @@ def _temporary_prefix(target: Path) -> str:
     return f".{target.name[:200]}.restoring-"
 
 
+def _kept_file(target: Path) -> Path:
+    """What a restore that may be resumed writes, until it has its name; its journal is beside it."""
+    return target.with_name(f"{_temporary_prefix(target)}partial")
+
+
+def _journal_of(kept: Path) -> Path:
+    return kept.with_name(kept.name + JOURNAL_SUFFIX)
+
+
 def _mention_leftovers(target: Path) -> None:
-    prefix = _temporary_prefix(target)
-    left = sorted(path.name for path in target.parent.iterdir() if path.name.startswith(prefix))
+    prefix, kept = _temporary_prefix(target), _kept_file(target)
+    ours = {kept.name, _journal_of(kept).name}
+    left = sorted(
+        path.name for path in target.parent.iterdir() if path.name.startswith(prefix) and path.name not in ours
+    )
     if left:
         log.warning(
             "files of other restores that run or were killed are in %s: %s; remove those that no process writes",
@@ -292,54 +363,153 @@ def _mention_leftovers(target: Path) -> None:
         )
 
 
-def check_space(folder: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int, there_bytes: int = 0) -> None:
+    """there_bytes: what of it is on the disk already. Raises NoRoom."""
     found = os.statvfs(folder)
     available_bytes = found.f_bavail * found.f_frsize
-    if needed_bytes > available_bytes:
-        raise RestoreError(
-            f"the restored database needs {needed_bytes} bytes, {folder} has {available_bytes} bytes available; "
+    if needed_bytes - there_bytes > available_bytes:
+        raise NoRoom(
+            f"the restored database needs {format_size(needed_bytes)} in {folder}, where {format_size(available_bytes)} are free; "
             "make room, or restore to another file system"
         )
 
 
+@dataclass(frozen=True)
+class _File:
+    """What becomes the restored database."""
+
+    fd: int
+    path: Path
+    partial: Partial
+
+
 @contextmanager
-def new_database(target: Path, mode: int | None) -> Iterator[tuple[int, Path]]:
+def _file_for(target: Path, options: RestoreOptions) -> Iterator[_File]:
+    if options.resume:
+        with _kept_database(target, options) as file:
+            yield file
+    else:
+        with new_database(target, options.mode, options.owner) as (fd, path):
+            yield _File(fd, path, Partial(fd))
+
+
+@contextmanager
+def _kept_database(target: Path, options: RestoreOptions) -> Iterator[_File]:
+    """As ``new_database``; but when the store fails, the disk is full or somebody interrupts, what is there is left for the next."""
+    path = _kept_file(target)
+    journal = _journal_of(path)
+    is_begun = False
+    try:
+        journal_fd = take_journal(journal)
+        try:
+            with _given_name(target, path, options.mode, options.owner) as fd:
+                partial = Partial(fd, journal_fd)
+                if partial.is_inherited:
+                    log.warning("going on with what an interrupted restore left in %s", path)
+                try:
+                    yield _File(fd, path, partial)
+                finally:
+                    is_begun = partial.is_begun
+        except BaseException as error:
+            is_final = isinstance(error, ReplicatorError) and not isinstance(error, (StoreError, NoRoom))
+            if is_final or not is_begun:
+                _remove(path, journal)
+            else:
+                log.warning(
+                    "what was downloaded is kept in %s; the same restore goes on from there, or remove it", path
+                )
+            raise
+        finally:
+            if not path.exists():
+                _remove(journal)
+            os.close(journal_fd)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+@contextmanager
+def new_database(target: Path, mode: int | None, owner: tuple[int, int] | None = None) -> Iterator[tuple[int, Path]]:
     """Descriptor and path of an empty file that is given the name ``target``, durably, when the block ends without an error.
 
     Otherwise nothing is left of it. Raises TargetExists, and RestoreError for any OSError.
     """
     temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with _given_name(target, temporary, mode, owner, os.O_EXCL) as fd:
             yield fd, temporary
-            os.fchmod(fd, 0o600 if mode is None else mode)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _publish(temporary, target)
     except OSError as error:
-        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(target, error) from error
     finally:
+        _remove(temporary)
+
+
+@contextmanager
+def _given_name(
+    target: Path, temporary: Path, mode: int | None, owner: tuple[int, int] | None, flags: int = 0
+) -> Iterator[int]:
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    try:
+        yield fd
+        _give_to(fd, target, 0o600 if mode is None else mode, owner)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    _publish(temporary, target)
+
+
+def _give_to(fd: int, target: Path, mode: int, owner: tuple[int, int] | None) -> None:
+    """Rights that were meant for another owner's group are not given to this process's."""
+    found = os.fstat(fd)
+    if owner is not None and owner != (found.st_uid, found.st_gid):
+        try:
+            os.fchown(fd, *owner)
+        except PermissionError:
+            log.warning(
+                "%s cannot be given to %d:%d, which owned it, by this user; only its owner may read it", target, *owner
+            )
+            mode &= 0o700
+    os.fchmod(fd, mode)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
         with suppress(FileNotFoundError):
-            temporary.unlink()
+            path.unlink()
 
 
-def _write_new_file(
+def _unwritable(target: Path, error: OSError) -> RestoreError:
+    return RestoreError(f"{target} cannot be written: {error.strerror or error}")
+
+
+def _fill(
     replica: Replica,
     plan: RestorePlan,
-    target: Path,
+    file: _File,
     options: RestoreOptions,
     started: float,
     on_progress: OnProgress,
 ) -> RestoreReport:
-    check_space(target.parent, plan.size_bytes)
-    with new_database(target, options.mode) as (fd, temporary):
-        os.ftruncate(fd, plan.size_bytes)
-        assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
-        assembly.run()
-        hashes = _read_back(fd, plan, options.parallelism)
-        _check_integrity(temporary, plan, options.integrity_check)
+    check_space(file.path.parent, plan.size_bytes, os.fstat(file.fd).st_blocks * 512)
+    file.partial.prepare(plan.database, plan.page_size, plan.page_count)
+    assembly = _Assembly(replica.store, plan, file, options.parallelism, on_progress)
+    assembly.run()
+    try:
+        hashes = _read_back(file.fd, plan, options.parallelism)
+    except StateMismatch as mismatch:
+        if not file.partial.is_inherited:
+            raise
+        log.warning(
+            "what an interrupted restore left in %s is not as it was written, and is downloaded anew: %s",
+            file.path,
+            mismatch,
+        )
+        file.partial.forget()
+        return _fill(replica, plan, file, options, started, on_progress)
+    _check_integrity(file.path, plan, options.integrity_check)
+    return _report(plan, hashes, assembly, started)
+
+
+def _report(plan: RestorePlan, hashes: StateHashes, assembly: _Assembly, started: float) -> RestoreReport:
     return RestoreReport(
         position=plan.position,
         reached_ms=plan.reached_ms,
@@ -370,12 +540,16 @@ def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
     with ThreadPoolExecutor(parallelism, "read-back") as pool:
         for first_page_no, found in pool.map(hash_at, range(0, size_bytes, _READ_BACK_BYTES)):
             hashes.set_range(first_page_no, found)
+    _check_state(plan, hashes)
+    return hashes
+
+
+def _check_state(plan: RestorePlan, hashes: StateHashes) -> None:
     if hashes.checksum != plan.state_checksum:
         raise StateMismatch(
             f"the pages of {plan.position} have the state checksum {hashes.checksum:016x}, the source had "
             f"{plan.state_checksum:016x}; the result was thrown away, restore another position"
         )
-    return hashes
 
 
 def _check_integrity(path: Path, plan: RestorePlan, check: IntegrityCheck) -> None:
@@ -465,7 +639,7 @@ def _slice(whole: bytes, offset: int, length: int) -> bytes:
 
 
 class _Assembly:
-    """Puts the pages of a plan into a file of the right size, whose bytes are 0.
+    """Puts the pages of a plan into a file of the right size, in which those that no segment has are 0.
 
     The segments are taken from the newest to the oldest, and each page from the first that has it, so nothing is
     written twice and superseded groups are not fetched. The calling thread decides who writes which page; the threads of
@@ -474,12 +648,21 @@ class _Assembly:
     """
 
     def __init__(
-        self, store: ObjectStore, plan: RestorePlan, fd: int, parallelism: int, on_progress: OnProgress
+        self,
+        store: ObjectStore,
+        plan: RestorePlan,
+        file: _File,
+        parallelism: int,
+        on_progress: OnProgress,
+        take: Callable[[list[tuple[int, memoryview]]], None] | None = None,
     ) -> None:
+        """take: gets the pages in place of the file; from several threads."""
         self.downloaded_bytes = 0
+        self._take_pages = take or self._write
         self._store = store
         self._plan = plan
-        self._fd = fd
+        self._fd = file.fd
+        self._partial = file.partial
         self._parallelism = parallelism
         self._on_progress = on_progress
         self._taken = np.zeros(plan.page_count + 1, dtype=np.bool_)
@@ -518,7 +701,7 @@ class _Assembly:
     def _open(self, ref: SegmentRef) -> _Opened:
         with blaming(ref):
             size_bytes = ref.size_bytes or self._store.head(ref.key).size_bytes
-            if size_bytes > _WHOLE_BYTES:
+            if size_bytes > _WHOLE_BYTES or self._partial.has_of(ref):
                 read_at = partial(self._get, ref)
             else:
                 whole = self._get(ref, 0, size_bytes)
@@ -544,7 +727,8 @@ class _Assembly:
         parts: list[tuple[Group, frozenset[int] | None]] = []
         length = 0
         for group in opened.reader.groups:
-            pages, complete = self._take(group.page_nos)
+            pages = self._partial.missing(opened.ref, self._take(group.page_nos))
+            complete = len(pages) == len(group.page_nos)
             if parts and (not len(pages) or length + group.length > _FETCH_BYTES):
                 yield _Fetch(opened, tuple(parts), length)
                 parts, length = [], 0
@@ -554,12 +738,12 @@ class _Assembly:
         if parts:
             yield _Fetch(opened, tuple(parts), length)
 
-    def _take(self, page_nos: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], bool]:
-        """Those pages that no newer segment has, which are this segment's now, and whether that is all of them."""
+    def _take(self, page_nos: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Those pages that no newer segment has, which are this segment's now."""
         pages = page_nos[page_nos <= self._limit]
         pages = pages[~self._taken[pages]]
         self._taken[pages] = True
-        return pages, len(pages) == len(page_nos)
+        return pages
 
     def _apply(self, fetch: _Fetch) -> int:
         with blaming(fetch.opened.ref):
@@ -568,7 +752,9 @@ class _Assembly:
             for group, wanted in fetch.parts:
                 at = group.offset - start
                 pages = fetch.opened.reader.decode_group(group, data[at : at + group.length])
-                self._write([page for page in pages if wanted is None or page[0] in wanted])
+                pages = [page for page in pages if wanted is None or page[0] in wanted]
+                self._take_pages(pages)
+                self._partial.wrote(fetch.opened.ref, np.fromiter((page[0] for page in pages), np.uint32, len(pages)))
         return fetch.length
 
     def _write(self, pages: list[tuple[int, memoryview]]) -> None:

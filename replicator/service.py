@@ -19,6 +19,7 @@ from pathlib import Path
 from replicator import catalogue
 from replicator.descriptors import shortage
 from replicator.discovery import Finder, Found, is_linked
+from replicator.drill import Drill
 from replicator.errors import (
     DatabaseError,
     DatabaseMissing,
@@ -135,6 +136,7 @@ class Replicator:
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
         self._renewal = threading.Lock()
+        self._drill = Drill(self._tried, now_ms=now_ms)
 
     def start(self) -> None:
         self._watch.start()
@@ -236,6 +238,8 @@ class Replicator:
             self._databases[path] = _Replicated(worker, found_in)
         self._scheduler.wake(worker)
         self._upkeeps.wake(worker.upkeep, settings.upkeep.survey_s)
+        if settings.trial_every_s > 0:
+            self._drill.start()
         return True
 
     def _is_watched(self, folder: _Watched | None) -> bool:
@@ -321,6 +325,7 @@ class Replicator:
         self._stopping.set()
         self._look.set()
         self._watch.stop()
+        self._drill.stop(LAST_STEP_S)
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
         for worker in workers:
@@ -338,6 +343,10 @@ class Replicator:
             self._folders.clear()
             self._refused.clear()
         return late
+
+    def _tried(self) -> list[DatabaseWorker]:
+        with self._guard:
+            return [replicated.worker for replicated in self._databases.values()]
 
     def _close(self, worker: DatabaseWorker, timeout_s: float, *, forget: bool = False) -> None:
         worker.upkeep.stop()

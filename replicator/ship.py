@@ -129,6 +129,12 @@ class Shipper:
             self._proven = timeline.number
             self._proven_at = self._monotonic()
 
+    def distrust(self, reason: str) -> None:
+        """The store does not give what was shipped: this writer must take a new timeline."""
+        with self._guard:
+            if self.diverged is None:
+                self.diverged = Diverged(reason)
+
     @property
     def idle(self) -> bool:
         with self._guard:

@@ -32,6 +32,7 @@ from replicator.ship import PROVE_EVERY_S, Diverged, Shipper, arrived
 from replicator.spool import Spool
 from replicator.store import ObjectStore
 from replicator.store.measure import HOUR_S, MeasuredStore, Meter
+from replicator.trials import TrialRecord, Trials
 from replicator.upkeep import Upkeep, UpkeepSettings
 from replicator.values import Position
 
@@ -57,6 +58,7 @@ class DatabaseStatus:
     """How one database is.
 
     lag_s: age of the oldest commit that is known and not durable; when there is none, how long the last one took.
+    trial: what the last trial restore showed, None when there was none.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
     upkeep_problem: why its replica is not compacted and thinned at present, '' when it is.
     barrier_s: the longest write barrier. checkpoints, checkpoints_s, barriers_s: how many there were, and what they took in all.
@@ -85,6 +87,7 @@ class DatabaseStatus:
     puts_minute: int = 0
     puts_hour: int = 0
     usd_per_month: float | None = None
+    trial: TrialRecord | None = None
 
     @property
     def words(self) -> str:
@@ -97,7 +100,8 @@ class DatabaseStatus:
 class WorkerSettings:
     """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
     allowance: of segments, for all databases that are added together with it; None for no limit.
-    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
+    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there.
+    trial_every_s: the replica is restored for a trial this often; 0 for never."""
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
@@ -106,6 +110,7 @@ class WorkerSettings:
     prove_every_s: float = PROVE_EVERY_S
     upkeep: UpkeepSettings = UpkeepSettings()
     allowance: Allowance | None = None
+    trial_every_s: float = 0.0
 
 
 class DatabaseWorker:
@@ -136,7 +141,8 @@ class DatabaseWorker:
         """
         self.path = path
         self._meter = Meter()
-        self._store = store = MeasuredStore(store, self._meter)
+        self.store: ObjectStore = MeasuredStore(store, self._meter)
+        self.trial_every_s = settings.trial_every_s
         self._budget = budget
         self._settings = settings
         self._writer = writer
@@ -145,13 +151,14 @@ class DatabaseWorker:
         self._register = register
         self._within = within
         self._spool = Spool(state_directory, now_ms=now_ms)
+        self.trials = Trials(state_directory)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms, within=within)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
-        self.upkeep = Upkeep(store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
+        self.upkeep = Upkeep(self.store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
         self._shipper = Shipper(
             self._spool,
-            store,
+            self.store,
             uploads,
             self._on_upload,
             self.upkeep.arrived,
@@ -295,7 +302,7 @@ class DatabaseWorker:
             self._register()
             self._spool.begin_fork()
             self._begun = origin.new_timeline(
-                Replica(self._store),
+                Replica(self.store),
                 need.known,
                 writer=self._writer,
                 reason=need.reason,
@@ -402,7 +409,7 @@ class DatabaseWorker:
         protection, reason = self._protection()
         return DatabaseStatus(
             path=self.path,
-            url=self._store.url,
+            url=self.store.url,
             protection=protection,
             reason=reason,
             lag_s=self._lag_s(),
@@ -422,8 +429,19 @@ class DatabaseWorker:
             barriers_s=figures.barriers_s,
             puts_minute=self._meter.puts.within(60),
             puts_hour=self._meter.puts.within(HOUR_S),
-            usd_per_month=self._meter.puts.usd_per_month() if self._store.url.startswith("s3:") else None,
+            usd_per_month=self._meter.puts.usd_per_month() if self.store.url.startswith("s3:") else None,
+            trial=self.trials.record,
         )
+
+    @property
+    def safe_position(self) -> Position | None:
+        """Up to which everything is in the store; None while something is wrong or on its way."""
+        return self._durable() if self._shipping_state()[0] is Protection.PROTECTED else None
+
+    def distrust(self, reason: str) -> None:
+        """The replica does not give what was shipped: a new timeline begins with a snapshot."""
+        self._shipper.distrust(reason)
+        self._wake(self)
 
     @property
     def figures(self) -> CaptureFigures:
@@ -455,6 +473,7 @@ class DatabaseWorker:
         try:
             if self._forgets and self.is_finished:
                 self._capture.let_go()
+                self.trials.remove()
                 self._spool.remove()
             else:
                 self._capture.close()
@@ -483,6 +502,13 @@ class DatabaseWorker:
         return max(self._spool.waiting_s(), put_off_s) or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
+        found = self._shipping_state()
+        trial = self.trials.record
+        if trial is not None and trial.is_source and found[0] is Protection.PROTECTED:
+            return Protection.NOT_PROTECTED, f"the database itself is damaged: {trial.problem}"
+        return found
+
+    def _shipping_state(self) -> tuple[Protection, str]:
         held_up = (
             isinstance(self._problem, DatabaseBusy)
             and self._captured_step > 0

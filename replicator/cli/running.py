@@ -41,7 +41,18 @@ def status(config_file: Path | None, no_expand_env: bool, socket_path: Path | No
     lines = table(("DATABASE", "STATUS", "DURABLE", "LAST COMMIT THERE", "WAITING", "PUTS/H", "USD/MONTH"), rows)
     lines += [f"{d['path']}: {d['reason']}" for d in databases if d["reason"]]
     lines += [f"{d['path']}: its replica grows, {d['upkeep_problem']}" for d in databases if d["upkeep_problem"]]
+    lines += [_proof(d["path"], d["trial"]) for d in databases if d["trial"]]
     tell(found, as_json, *lines)
+
+
+def _proof(path: str, trial: dict[str, Any]) -> str:
+    proved = (
+        f"proved until {trial['proved_time']} ({trial['proved']}), at {trial['proved_at']}"
+        if trial["proved"]
+        else "never proved"
+    )
+    problem = f"; the trial restore at {trial['tried_at']} FAILED: {trial['problem']}" if trial["problem"] else ""
+    return f"{path}: {proved}{problem}"
 
 
 @click.command("list")

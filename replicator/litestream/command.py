@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,13 @@ def run_restore(
     target: Path,
     options: RestoreOptions,
     txid: str | None,
-    progress: Callable[[], AbstractContextManager[OnProgress | None]] | None,
+    on_progress: OnProgress | None,
 ) -> Said:
-    """progress: None to say only what would be done."""
+    """on_progress: None to say only what would be done."""
     options = dataclasses.replace(options, txid=None if txid is None else parse_txid(txid))
-    if progress is None:
+    if on_progress is None:
         return of_plan(restore.plan_restore(bare(store), options), target)
-    with progress() as on_progress:
-        return of_restore(restore.restore(bare(store), target, options, on_progress=on_progress), target)
+    return of_restore(restore.restore(bare(store), target, options, on_progress=on_progress), target)
 
 
 def run_export(source: ObjectStore, to: ObjectStore, from_ms: int | None, parallelism: int, *, dry_run: bool) -> Said:

@@ -242,7 +242,7 @@ def _write(
     on_progress: OnProgress,
 ) -> LitestreamReport:
     check_space(target.parent, plan.size_bytes or plan.download_bytes)
-    with new_database(target, options.mode) as (fd, temporary):
+    with new_database(target, options.mode, options.owner) as (fd, temporary):
         download = _Download(store, plan, options.parallelism, on_progress)
         try:
             if isinstance(plan.source, OldChain):

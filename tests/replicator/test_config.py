@@ -162,10 +162,10 @@ def test_an_anchor_may_be_merged() -> None:
 
 
 def test_a_key_of_litestream_that_does_nothing_here_gets_one_line_that_says_what_happens() -> None:
-    config = read("validation:\n  interval: 1h\n" + one("{url: file:///b}", monitor_interval="1s"))
+    config = read("mcp-addr: :1\n" + one("{url: file:///b}", monitor_interval="1s"))
     assert len(config.notes) == 2
-    assert config.notes[0].startswith("/etc/replicator.yml:1: validation: a restore verifies every checksum")
-    assert config.notes[1].startswith("/etc/replicator.yml:5: dbs[0].monitor-interval: file events wake the replicator")
+    assert config.notes[0].startswith("/etc/replicator.yml:1: mcp-addr: not built yet: nothing listens there")
+    assert config.notes[1].startswith("/etc/replicator.yml:4: dbs[0].monitor-interval: file events wake the replicator")
 
 
 def test_settings_of_the_upkeep() -> None:

@@ -17,6 +17,7 @@ from replicator.metrics import METRICS, Collector, MetricsServer, reference
 from replicator.peers import parse_address
 from replicator.store.measure import MeasuredStore, Meter
 from replicator.store.memory import MemoryStore
+from replicator.trials import TrialRecord
 from replicator.values import Position
 from replicator.worker import DatabaseStatus, Protection
 
@@ -40,19 +41,25 @@ APP = DatabaseStatus(
     checkpoints=5,
     checkpoints_s=0.5,
     barriers_s=0.01,
+    trial=TrialRecord("2:7", commit_ms=1_789_999_000_000, proved_ms=1_790_000_000_000, tried_ms=1_790_000_050_000),
 )
-UNKNOWN = dataclasses.replace(APP, path=Path("/data/\udcff.db"), captured=None, durable=None, durable_ms=0)
+UNKNOWN = dataclasses.replace(
+    APP,
+    path=Path("/data/\udcff.db"),
+    captured=None,
+    durable=None,
+    durable_ms=0,
+    trial=TrialRecord(tried_ms=1_790_000_050_000, problem="a segment is damaged"),
+)
 
 
 @pytest.fixture
 def server() -> Iterator[MetricsServer]:
     meter = Meter()
     MeasuredStore(MemoryStore(), meter).put("a", b"12345")
-    drills = {Path("/data/app.db"): 1_790_000_000_000}
     collector = Collector(
         lambda: [APP, UNKNOWN],
         lambda: {"s3://bucket/app": meter},
-        drills=lambda: drills,
         now_ms=lambda: 1_790_000_060_000,
     )
     running = MetricsServer("127.0.0.1:0", collector)
@@ -98,6 +105,7 @@ def test_what_is_not_known_is_absent_and_a_name_that_is_no_utf8_spoils_nothing(s
     found = values(scraped(server))
     unknown = next(key[1] for key in found if key[0] == "replicator_lag_seconds" and key[1] != "/data/app.db")
     assert ("replicator_durable_txid", unknown) not in found
+    assert ("replicator_restore_drill_age_seconds", unknown) not in found
     assert found["replicator_wal_bytes", unknown] == 4152
 
 
