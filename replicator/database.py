@@ -137,12 +137,12 @@ def is_as_left(path: Path, within: Path | None, identity: Identified, stamp: Fil
             stamp.ctime_ns,
         ):
             return False
-        return not _size_of_wal(path)
+        return not size_of_wal(path)
     except (DatabaseError, OSError):
         return False
 
 
-def _size_of_wal(path: Path) -> int | None:
+def size_of_wal(path: Path) -> int | None:
     """None when there is none."""
     try:
         return Path(f"{path}-wal").stat().st_size
@@ -349,7 +349,7 @@ class LiveDatabase:
 
     def has_wal(self) -> bool:
         """Whether there is a WAL at its path; after a ``close``, if somebody else has the database open."""
-        return _size_of_wal(self.path) is not None
+        return size_of_wal(self.path) is not None
 
     def wal_is_ours(self) -> bool:
         """Whether the path of the WAL still names the file that is open here; SQLite never replaces it while a connection is open."""

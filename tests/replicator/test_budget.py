@@ -30,7 +30,7 @@ class Place:
     def commit(self, name: str) -> None:
         if name not in self.connections:
             self.connections[name] = apsw.Connection(str(self.folder / name))
-            self.connections[name].execute("PRAGMA journal_mode=wal; CREATE TABLE t(v)").fetchall()
+            self.connections[name].execute("PRAGMA journal_mode=wal; CREATE TABLE IF NOT EXISTS t(v)").fetchall()
         self.connections[name].execute("INSERT INTO t VALUES (1)")
 
     def status(self, name: str) -> DatabaseStatus:
@@ -110,3 +110,21 @@ def test_what_fills_a_segment_leaves_whatever_the_budget_says(place: Place) -> N
     reached = spend_all(place, "app.db")
     place.connections["app.db"].execute("INSERT INTO t VALUES (zeroblob(70000000))")
     wait_for(lambda: (place.durable("app.db") or reached) > reached)
+
+
+def test_a_program_that_opens_and_closes_it_each_time_is_bound_by_it_too(place: Place) -> None:
+    def commit() -> None:
+        place.commit("app.db")
+        place.connections.pop("app.db").close()
+
+    path = place.folder / "app.db"
+    commit()
+    place.replicator.add(path, place.store, settings=SCARCE)
+    for _ in range(4):
+        commit()
+        reached = place.sync("app.db")
+    for _ in range(5):
+        wait_for(lambda: not Path(f"{path}-wal").exists())
+        commit()
+    wait_for(lambda: place.status("app.db").lag_s > 1)
+    assert place.durable("app.db") in (reached, Position(reached.timeline, reached.txid + 1))
