@@ -411,7 +411,8 @@ def _kept_database(target: Path, options: RestoreOptions) -> Iterator[_File]:
                 finally:
                     is_begun = partial.is_begun
         except BaseException as error:
-            is_final = isinstance(error, ReplicatorError) and not isinstance(error, (StoreError, NoRoom))
+            is_for_now = isinstance(error, (StoreError, NoRoom)) and not isinstance(error, FormatError)
+            is_final = isinstance(error, ReplicatorError) and not is_for_now
             if is_final or not is_begun:
                 _remove(path, journal)
             else:

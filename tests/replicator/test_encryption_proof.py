@@ -87,6 +87,17 @@ def test_verify_names_what_is_altered_in_an_encrypted_replica_and_what_remains(
     assert "is encrypted and damaged" in said and f"what remains restorable: proved up to 1:{LAST - 1}" in said
 
 
+def test_what_was_downloaded_of_an_altered_encrypted_replica_is_not_kept_for_another_try(
+    bucket: FileStore, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = catalogue.replica_of(bucket, Path("one.db"))
+    ReplicaBuilder(one).damage(SegmentRef(1, 9, 1, 1), lambda body: body[:-1] + bytes([body[-1] ^ 1]))
+    (tmp_path / "out").mkdir()
+    said = run(capsys, "restore", "-o", tmp_path / "out" / "x.db", one.url, "--identity", keys.file, code=1)
+    assert "is encrypted and damaged" in said
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_folder_and_a_configuration_come_back_with_the_identity(
     bucket: FileStore, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
