@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from replicator.proof import Verdict as Verdict
     from replicator.proof import verify as verify
     from replicator.replica import Replica as Replica
-    from replicator.restore import RestoreOptions as RestoreOptions
-    from replicator.restore import RestorePlan as RestorePlan
     from replicator.restore import RestoreReport as RestoreReport
     from replicator.restore import plan_restore as plan_restore
     from replicator.restore import restore as restore
+    from replicator.restore_plan import RestoreOptions as RestoreOptions
+    from replicator.restore_plan import RestorePlan as RestorePlan
     from replicator.restored import mark_restored as mark_restored
     from replicator.service import NotDurable as NotDurable
     from replicator.service import Replicator as Replicator
@@ -104,7 +104,8 @@ _HOMES = {
     "past": "Past open_past",
     "proof": "Verdict verify",
     "replica": "Replica",
-    "restore": "RestoreOptions RestorePlan RestoreReport plan_restore restore",
+    "restore": "RestoreReport plan_restore restore",
+    "restore_plan": "RestoreOptions RestorePlan",
     "restored": "mark_restored",
     "service": "NotDurable Replicator default_state",
     "store": "ObjectInfo ObjectStore open_store",

@@ -30,7 +30,8 @@ from replicator.heartbeat import Heartbeat
 from replicator.litestream.choice import choose
 from replicator.litestream.restore import restore as restore_litestream
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions, restore
+from replicator.restore import restore
+from replicator.restore_plan import RestoreOptions
 from replicator.restored import mark_restored
 from replicator.roster import Roster
 from replicator.service import Replicator, default_state

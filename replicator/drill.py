@@ -17,7 +17,7 @@ from typing import Protocol
 from replicator import durable, proof
 from replicator.errors import FormatError, ReplicatorError, StateMismatch
 from replicator.proof import Verdict
-from replicator.restore import RestoreOptions
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.trials import TrialRecord, Trials
 from replicator.values import Position, format_time

@@ -38,7 +38,8 @@ from replicator.followed import WRITE_VERSION_AT, FollowedCopy, Pages, WrittenBy
 from replicator.layout import SegmentRef
 from replicator.pagehash import StateHashes, lock_page, page_hash
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions, RestoreReport, plan_restore, restore
+from replicator.restore import RestoreReport, plan_restore, restore
+from replicator.restore_plan import RestoreOptions
 from replicator.segment import SegmentReader
 from replicator.store import ObjectStore
 from replicator.values import Position, format_time

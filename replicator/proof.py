@@ -25,18 +25,11 @@ from replicator.errors import (
 )
 from replicator.image import Image
 from replicator.layout import SegmentRef
+from replicator.new_database import check_space
 from replicator.pagehash import StateHashes
 from replicator.replica import Replica
-from replicator.restore import (
-    OnProgress,
-    RestoreOptions,
-    RestoreReport,
-    check_link,
-    check_space,
-    plan_restore,
-    restore,
-    restore_nowhere,
-)
+from replicator.restore import OnProgress, RestoreReport, plan_restore, restore, restore_nowhere
+from replicator.restore_plan import RestoreOptions, check_link
 from replicator.segment import SegmentReader
 from replicator.store import ObjectStore
 from replicator.values import Position

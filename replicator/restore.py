@@ -1,113 +1,58 @@
 """Restore: a position of a replica becomes a new database file, verified, or nothing becomes of it.
 
-Owns the file until it has its name. It never overwrites a file, and never leaves one that was not verified to the last
-page.
+Owns the fetching of pages and the proof of the finished file. Which segments are taken is planned elsewhere, and the file has its name
+from elsewhere; nothing is given one that was not verified to the last page.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
 from urllib.parse import quote
 
 import apsw
 import numpy as np
 from numpy.typing import NDArray
 
-from replicator import chain
-from replicator.durable import fsync_dir
-from replicator.errors import (
-    ChainBroken,
-    FormatError,
-    IntegrityCheckFailed,
-    NoRoom,
-    NothingToRestore,
-    ObjectMissing,
-    ReplicatorError,
-    RestoreError,
-    SegmentDamaged,
-    StateMismatch,
-    StoreError,
-    TargetExists,
-    UsageError,
-)
+from replicator.errors import IntegrityCheckFailed, ReplicatorError, StateMismatch
 from replicator.layout import SegmentRef
+from replicator.new_database import NewDatabase, check_space, check_target, kept_database, new_database
 from replicator.pagehash import StateHashes, hash_pages, page_hash
-from replicator.partial import JOURNAL_SUFFIX, Partial, take_journal
+from replicator.partial import Partial
 from replicator.replica import Replica, open_segment
+from replicator.restore_plan import (
+    NEWEST,
+    IntegrityCheck,
+    RestoreOptions,
+    RestorePlan,
+    blaming,
+    check_link,
+    check_options,
+    with_fallback,
+)
 from replicator.segment import Group, ReadAt, SegmentReader
 from replicator.store import ObjectStore
-from replicator.values import Position, Timeline, format_size
+from replicator.values import Position
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all), of the segments as they are stored. Called from the thread that restores."""
 
-IntegrityCheck = Literal["none", "quick", "full"]
 PRAGMAS = {"quick": "quick_check", "full": "integrity_check"}
-
-MAX_LISTINGS = 10
-"""So often a restore lists the replica, when objects that were listed are gone."""
-
-_T = TypeVar("_T")
 
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
 _FETCH_BYTES = 2 << 20  # of a larger one, neighbouring groups up to this size are
 _READ_BACK_BYTES = 4 << 20
-_SIDE_FILES = ("", "-wal", "-journal", "-shm")
-
-
-@dataclass(frozen=True)
-class RestoreOptions:
-    """What to restore, and how. At most one of position, txid and at_ms; with none of them, the newest position.
-
-    txid, at_ms: on ``timeline`` or its ancestors before it left them; on the newest timeline if none is named. at_ms:
-    UTC milliseconds since 1970, the last commit at or before it. parallelism: downloads at once. mode: of the restored
-    file; 0600 if none is given, since a database may hold secrets. owner: its user and group; if this process may not give
-    it to them, it stays with the process's own, and nobody else may read it. resume: what is there when the store fails or
-    the process is killed stays, and the next restore to the same target that says so goes on with it.
-    """
-
-    position: Position | None = None
-    txid: int | None = None
-    timeline: int | None = None
-    at_ms: int | None = None
-    parallelism: int = 8
-    integrity_check: IntegrityCheck = "quick"
-    mode: int | None = None
-    owner: tuple[int, int] | None = None
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class RestorePlan:
-    """What a restore would do. reached_ms: time of the last commit in it. segments: in the order of their txids.
-
-    download_bytes: of the segments, an upper bound of what is fetched. size_bytes, state_checksum: of the database that
-    they give; database: its id.
-    """
-
-    position: Position
-    reached_ms: int
-    segments: tuple[SegmentRef, ...]
-    download_bytes: int
-    page_size: int
-    page_count: int
-    size_bytes: int
-    state_checksum: int
-    database: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +83,7 @@ def plan_restore(store: ObjectStore, options: RestoreOptions) -> RestorePlan:
 def restore(
     store: ObjectStore,
     target: Path,
-    options: RestoreOptions = RestoreOptions(),
+    options: RestoreOptions = NEWEST,
     *,
     on_progress: OnProgress | None = None,
     before_publish: Callable[[int, RestoreReport], None] = lambda fd, report: None,
@@ -178,7 +123,7 @@ def restore_nowhere(
     check_options(options)
     replica = Replica(store)
     fd = os.memfd_create("replicator", os.MFD_CLOEXEC)  # stays as empty as it is; only its size changes
-    file = _File(fd, Path(f"/proc/self/fd/{fd}"), Partial(fd))
+    file = NewDatabase(fd, Path(f"/proc/self/fd/{fd}"), Partial(fd))
     tally = _Tally()
 
     def attempt(plan: RestorePlan) -> RestoreReport:
@@ -209,283 +154,23 @@ class _Tally:
             self.hashes.set_many(page_nos, found)
 
 
-# -- which segments ----------------------------------------------------------------------------------------------------
-
-
-class Unusable(Exception):
-    """A segment cannot be used; another plan may do without it. Raised in ``blaming``, handled by ``with_fallback``."""
-
-    def __init__(self, ref: SegmentRef, error: ReplicatorError) -> None:
-        super().__init__(str(error))
-        self.ref = ref
-        self.error = error
-
-
-@contextmanager
-def blaming(ref: SegmentRef) -> Iterator[None]:
-    """What goes wrong inside is a fault of this segment."""
-    try:
-        yield
-    except (FormatError, ObjectMissing, ChainBroken) as error:
-        raise Unusable(ref, error) from error
-
-
-def with_fallback(
-    replica: Replica,
-    options: RestoreOptions,
-    act: Callable[[RestorePlan], _T],
-    unusable: dict[str, ReplicatorError] | None = None,
-) -> _T:
-    """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
-
-    The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (a merge or retention did that) is reason to list again, a few times: while many are merged, the next
-    may be gone as well. unusable: keys of segments that are not to be used and why; those that are found are added.
-    """
-    unusable = {} if unusable is None else unusable
-    listings = 1
-    while True:
-        try:
-            return act(_resolve(replica, options, unusable))
-        except Unusable as failed:
-            if isinstance(failed.error, ObjectMissing):
-                if listings == MAX_LISTINGS:
-                    raise failed.error from None
-                listings += 1
-            unusable[failed.ref.key] = failed.error
-            log.warning("looking for a way around a segment: %s", failed.error)
-        except ObjectMissing as error:
-            if listings == MAX_LISTINGS:
-                raise
-            listings += 1
-            log.warning("the replica changed meanwhile, it is listed again: %s", error)
-        except (ChainBroken, NothingToRestore) as broken:
-            if not unusable:
-                raise
-            first = next(iter(unusable.values()))
-            raise type(first)(f"{first}; without it, {broken}") from first
-
-
-def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, ReplicatorError]) -> RestorePlan:
-    timelines, segments = replica.timelines(), replica.segments()
-    target = _target(replica, timelines, segments, options)
-    found = chain.plan(timelines, [ref for ref in segments if ref.key not in unusable], target)
-    last = found.segments[-1]
-    with blaming(last):
-        header = replica.header(last)
-        record = timelines.get(last.timeline)
-        if record is not None and record.database != header.database:
-            raise SegmentDamaged(f"{last.key} is damaged: it belongs to another database; it was copied to this place")
-    return RestorePlan(
-        position=Position(last.timeline, last.last),
-        reached_ms=header.last_commit_ms,
-        segments=found.segments,
-        download_bytes=found.size_bytes,
-        page_size=header.page_size,
-        page_count=header.page_count,
-        size_bytes=header.page_size * header.page_count,
-        state_checksum=header.state_after,
-        database=header.database,
-    )
-
-
-def _target(
-    replica: Replica, timelines: dict[int, Timeline], segments: list[SegmentRef], options: RestoreOptions
-) -> Position:
-    if options.position is not None:
-        return options.position
-    if options.at_ms is not None:
-        return replica.find_position(timelines, segments, options.at_ms, options.timeline)[0]
-    if options.txid is not None:
-        timeline = options.timeline
-        return Position(chain.newest(timelines, segments).timeline if timeline is None else timeline, options.txid)
-    newest = chain.newest(timelines, segments, options.timeline)
-    stranded = sum(ref.timeline >= newest.timeline and ref.last > newest.txid for ref in segments)
-    if stranded:
-        log.warning("%d segments after %s do not follow from it and are left out; see the history", stranded, newest)
-    return newest
-
-
-def check_options(options: RestoreOptions) -> None:
-    if sum(wish is not None for wish in (options.position, options.txid, options.at_ms)) > 1:
-        raise UsageError("a restore has one target; give a position, a txid or a time, not several of them")
-    if options.position is not None and options.timeline is not None:
-        raise UsageError("a position names its timeline; leave out the timeline")
-    if options.parallelism < 1:
-        raise UsageError(f"parallelism is {options.parallelism}; it must be 1 or more")
-
-
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def check_target(target: Path) -> None:
-    """Raises TargetExists when something is there or beside it, RestoreError when its folder is not there.
-
-    Mentions what other restores to it have left behind.
-    """
-    _check_free(target)
-    _mention_leftovers(target)
-
-
-def _check_free(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise RestoreError(f"the directory {target.parent} does not exist; create it first")
-    for suffix in _SIDE_FILES:
-        there = target.with_name(target.name + suffix)
-        if os.path.lexists(there):
-            raise TargetExists(f"{there} exists; move it away, or restore to another path")
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name[:200]}.restoring-"
-
-
-def _kept_file(target: Path) -> Path:
-    """What a restore that may be resumed writes, until it has its name; its journal is beside it."""
-    return target.with_name(f"{_temporary_prefix(target)}partial")
-
-
-def _journal_of(kept: Path) -> Path:
-    return kept.with_name(kept.name + JOURNAL_SUFFIX)
-
-
-def _mention_leftovers(target: Path) -> None:
-    prefix, kept = _temporary_prefix(target), _kept_file(target)
-    ours = {kept.name, _journal_of(kept).name}
-    left = sorted(
-        path.name for path in target.parent.iterdir() if path.name.startswith(prefix) and path.name not in ours
-    )
-    if left:
-        log.warning(
-            "files of other restores that run or were killed are in %s: %s; remove those that no process writes",
-            target.parent,
-            ", ".join(left),
-        )
-
-
-def check_space(folder: Path, needed_bytes: int, there_bytes: int = 0) -> None:
-    """there_bytes: what of it is on the disk already. Raises NoRoom."""
-    found = os.statvfs(folder)
-    available_bytes = found.f_bavail * found.f_frsize
-    if needed_bytes - there_bytes > available_bytes:
-        raise NoRoom(
-            f"the restored database needs {format_size(needed_bytes)} in {folder}, where {format_size(available_bytes)} are free; "
-            "make room, or restore to another file system"
-        )
-
-
-@dataclass(frozen=True)
-class _File:
-    """What becomes the restored database."""
-
-    fd: int
-    path: Path
-    partial: Partial
-
-
 @contextmanager
-def _file_for(target: Path, options: RestoreOptions) -> Iterator[_File]:
+def _file_for(target: Path, options: RestoreOptions) -> Iterator[NewDatabase]:
     if options.resume:
-        with _kept_database(target, options) as file:
+        with kept_database(target, options.mode, options.owner) as file:
             yield file
     else:
         with new_database(target, options.mode, options.owner) as (fd, path):
-            yield _File(fd, path, Partial(fd))
-
-
-@contextmanager
-def _kept_database(target: Path, options: RestoreOptions) -> Iterator[_File]:
-    """As ``new_database``; but when the store fails, the disk is full or somebody interrupts, what is there is left for the next."""
-    path = _kept_file(target)
-    journal = _journal_of(path)
-    is_begun = False
-    try:
-        journal_fd = take_journal(journal)
-        try:
-            with _given_name(target, path, options.mode, options.owner) as fd:
-                partial = Partial(fd, journal_fd)
-                if partial.is_inherited:
-                    log.warning("going on with what an interrupted restore left in %s", path)
-                try:
-                    yield _File(fd, path, partial)
-                finally:
-                    is_begun = partial.is_begun
-        except BaseException as error:
-            is_for_now = isinstance(error, (StoreError, NoRoom)) and not isinstance(error, FormatError)
-            is_final = isinstance(error, ReplicatorError) and not is_for_now
-            if is_final or not is_begun:
-                _remove(path, journal)
-            else:
-                log.warning(
-                    "what was downloaded is kept in %s; the same restore goes on from there, or remove it", path
-                )
-            raise
-        finally:
-            if not path.exists():
-                _remove(journal)
-            os.close(journal_fd)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-
-
-@contextmanager
-def new_database(target: Path, mode: int | None, owner: tuple[int, int] | None = None) -> Iterator[tuple[int, Path]]:
-    """Descriptor and path of an empty file that is given the name ``target``, durably, when the block ends without an error.
-
-    Otherwise nothing is left of it. Raises TargetExists, and RestoreError for any OSError.
-    """
-    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
-    try:
-        with _given_name(target, temporary, mode, owner, os.O_EXCL) as fd:
-            yield fd, temporary
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        _remove(temporary)
-
-
-@contextmanager
-def _given_name(
-    target: Path, temporary: Path, mode: int | None, owner: tuple[int, int] | None, flags: int = 0
-) -> Iterator[int]:
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
-    try:
-        yield fd
-        _give_to(fd, target, 0o600 if mode is None else mode, owner)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    _publish(temporary, target)
-
-
-def _give_to(fd: int, target: Path, mode: int, owner: tuple[int, int] | None) -> None:
-    """Rights that were meant for another owner's group are not given to this process's."""
-    found = os.fstat(fd)
-    if owner is not None and owner != (found.st_uid, found.st_gid):
-        try:
-            os.fchown(fd, *owner)
-        except PermissionError:
-            log.warning(
-                "%s cannot be given to %d:%d, which owned it, by this user; only its owner may read it", target, *owner
-            )
-            mode &= 0o700
-    os.fchmod(fd, mode)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):
-            path.unlink()
-
-
-def _unwritable(target: Path, error: OSError) -> RestoreError:
-    return RestoreError(f"{target} cannot be written: {error.strerror or error}")
+            yield NewDatabase(fd, path, Partial(fd))
 
 
 def _fill(
     replica: Replica,
     plan: RestorePlan,
-    file: _File,
+    file: NewDatabase,
     options: RestoreOptions,
     started: float,
     on_progress: OnProgress,
@@ -589,33 +274,6 @@ def integrity_complaints(path: Path, check: IntegrityCheck, what: str) -> list[s
     return [] if complaints == ["ok"] else complaints
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Give the file its name, durably, unless something took the name meanwhile."""
-    _check_free(target)
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
-    except OSError:
-        _publish_without_links(temporary, target)
-    else:
-        temporary.unlink()
-    fsync_dir(target.parent)
-
-
-def _publish_without_links(temporary: Path, target: Path) -> None:
-    """For file systems that have no hard links: reserve the name, then rename over it."""
-    try:
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
-    try:
-        temporary.replace(target)
-    except OSError:
-        target.unlink()
-        raise
-
-
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -652,7 +310,7 @@ class _Assembly:
         self,
         store: ObjectStore,
         plan: RestorePlan,
-        file: _File,
+        file: NewDatabase,
         parallelism: int,
         on_progress: OnProgress,
         take: Callable[[list[tuple[int, memoryview]]], None] | None = None,
@@ -776,19 +434,3 @@ class _Assembly:
     def _progress(self, more_bytes: int) -> None:
         self._done_bytes += more_bytes
         self._on_progress(self._done_bytes, self._plan.download_bytes)
-
-
-def check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
-    """Raises ChainBroken unless the newer segment follows from this one. Source: docs/format.md, section 4."""
-    if newer is None:
-        return
-    header, after = reader.header, newer.header
-    if header.database != after.database or header.page_size != after.page_size:
-        raise ChainBroken(f"{newer.name} does not follow from {reader.name}: another database or page size")
-    # A segment that begins inside the range of the one before says nothing about the state in between.
-    adjoining = after.first == header.last + 1
-    if adjoining and (header.state_after, header.page_count) != (after.state_before, after.pages_before):
-        raise ChainBroken(
-            f"{newer.name} does not follow from {reader.name}: it was made for {after.pages_before} pages with state "
-            f"{after.state_before:016x}, not {header.page_count} pages with state {header.state_after:016x}"
-        )

@@ -40,7 +40,8 @@ from replicator.values import Position
 
 if TYPE_CHECKING:
     from replicator.config import Config, DatabaseConfig
-    from replicator.restore import OnProgress, RestoreOptions, RestoreReport
+    from replicator.restore import OnProgress, RestoreReport
+    from replicator.restore_plan import RestoreOptions
     from replicator.store import ObjectStore
 
 
@@ -131,7 +132,7 @@ def restore(
     databases below -o. A file that exists is never overwritten; what is restored has been verified to the last page, or there
     is an error and no file. What a restore had when it was interrupted is kept beside the target, and the next one goes on with it.
     """
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
 
     options = RestoreOptions(
         timeline=timeline,

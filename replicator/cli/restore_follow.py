@@ -17,7 +17,7 @@ from replicator.values import format_time, printable
 
 if TYPE_CHECKING:
     from replicator.follow import Followed
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
     from replicator.store import ObjectStore
 
 SAY_EVERY_S = 5.0

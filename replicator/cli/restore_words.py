@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from replicator.values import format_size, format_time
 
 if TYPE_CHECKING:
-    from replicator.restore import RestorePlan, RestoreReport
+    from replicator.restore import RestoreReport
+    from replicator.restore_plan import RestorePlan
 
 
 def plan_document(plan: RestorePlan, target: Path) -> dict[str, Any]:

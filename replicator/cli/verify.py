@@ -18,7 +18,7 @@ from replicator.values import format_size, format_time
 
 if TYPE_CHECKING:
     from replicator.proof import Live, Verdict
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
     from replicator.store import ObjectStore
 
 PAUSE_S = 0.5
@@ -55,7 +55,7 @@ def verify(
     its databases. Exit code 1 when something is wrong, with what remains restorable.
     """
     from replicator import catalogue
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
 
     config = find_config(config_file, no_expand_env, required="://" not in source)
     store, _ = replica_of(source, config, identities_of(identity_file))

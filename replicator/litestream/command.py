@@ -14,7 +14,8 @@ from replicator.litestream import choice, export, restore
 from replicator.litestream.chain import parse_txid, txid_text
 from replicator.litestream.export import ExportPlan, ExportReport
 from replicator.litestream.restore import LitestreamPlan, LitestreamReport
-from replicator.restore import OnProgress, RestoreOptions
+from replicator.restore import OnProgress
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.store.seal import bare
 from replicator.values import format_size, format_time

@@ -34,16 +34,10 @@ from replicator.litestream import replica as ltx_replica
 from replicator.litestream.chain import LtxRef, txid_text
 from replicator.litestream.generations import OldChain, OldRef
 from replicator.ltx import LtxReader
+from replicator.new_database import check_space, check_target, new_database
 from replicator.pagehash import lock_page
-from replicator.restore import (
-    PRAGMAS,
-    OnProgress,
-    RestoreOptions,
-    check_space,
-    check_target,
-    integrity_complaints,
-    new_database,
-)
+from replicator.restore import PRAGMAS, OnProgress, integrity_complaints
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.values import format_time
 
