@@ -151,7 +151,7 @@ class DatabaseWorker:
         self._register = register
         self._within = within
         self._spool = Spool(state_directory, now_ms=now_ms)
-        self.trials = Trials(state_directory)
+        self.trials = Trials(state_directory, store.url)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms, within=within)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()

@@ -72,19 +72,28 @@ def test_a_replica_is_proved_again_and_again(tmp_path: Path, database: apsw.Conn
             assert found["trial"]["proved_time"] == found["durable_time"], number
     state = tmp_path / ".app.db-replicator"
     assert not (state / "scratch").exists()
-    assert Trials(state).record is not None
+    assert Trials(state, f"file://{tmp_path}/bucket").record is not None
 
 
 def test_what_was_proved_is_known_after_a_restart_and_not_tried_anew(tmp_path: Path, database: apsw.Connection) -> None:
     with replicating(tmp_path) as replicator:
         proved(replicator, replicator.sync(tmp_path / "app.db", 20))
     state = tmp_path / ".app.db-replicator"
-    before = Trials(state).record
+    before = Trials(state, f"file://{tmp_path}/bucket").record
     (state / "scratch").mkdir()
     with replicating(tmp_path, WorkerSettings(trial_every_s=3600)) as replicator:
         replicator.sync(tmp_path / "app.db", 20)
         assert status(replicator).trial == before
     assert not (state / "scratch").exists()
+
+
+def test_what_was_proved_says_nothing_of_another_place(tmp_path: Path, database: apsw.Connection) -> None:
+    with replicating(tmp_path) as replicator:
+        proved(replicator, replicator.sync(tmp_path / "app.db", 20))
+        replicator.remove(tmp_path / "app.db")
+        replicator.add(tmp_path / "app.db", FileStore(tmp_path / "other"), settings=WorkerSettings())
+        replicator.sync(tmp_path / "app.db", 20)
+        assert status(replicator).trial is None
 
 
 def test_a_damaged_replica_is_said_and_begun_anew(
@@ -140,7 +149,7 @@ class Fake:
     def __init__(self, folder: Path, every_s: float, record: TrialRecord | None = None) -> None:
         self.store = MemoryStore()
         folder.mkdir()
-        self.trials = Trials(folder)
+        self.trials = Trials(folder, self.store.url)
         self.trials.record = record
         self.trial_every_s = every_s
         self.safe_position: Position | None = Position(1, 1)
