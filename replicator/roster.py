@@ -139,6 +139,11 @@ class Roster:
             for other, member in self._members.items():
                 if problem := clash(member.entry, entry):
                     raise UsageError(f"{path} cannot be registered: {problem} {other}")
+                if member.entry.replica.age is not None:
+                    raise UsageError(
+                        f"{path} cannot be registered: it would be stored readable, and {other} is encrypted; "
+                        "write it into the configuration, and load that again"
+                    )
             member = dataclasses.replace(self._opened(entry), registered=True)
             self._prepare(entry, member.store)
             self._begin(member)

@@ -132,7 +132,7 @@ def register(
     """Have the running replicator replicate one more database, to URL.
 
     It does so until it ends, or until `unregister`; to have it do so for good, write the database into the configuration. The
-    credentials are those of the replicator's environment.
+    credentials are those of the replicator's environment. It is refused when the configuration encrypts, which this would not.
     """
     from replicator import control
 

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
+import pyrage
 import pytest
 from ledger_support import wait_for
 
-from replicator.config import DatabaseConfig, ReplicaConfig
+from replicator.config import AgeConfig, DatabaseConfig, ReplicaConfig
 from replicator.errors import ConfigError, DatabaseMissing, DatabaseNotReplicable, UsageError
+from replicator.replica import Replica
 from replicator.roster import Changes, Roster
 from replicator.service import Replicator
+from replicator.store.file import FileStore
+from replicator.store.seal import sealed
 from replicator.watch import Folder
 from replicator.worker import DatabaseStatus, Protection, WorkerSettings
 
@@ -132,6 +136,36 @@ def test_a_registration_that_would_disturb_another_is_refused(place: Place) -> N
     with pytest.raises(UsageError, match="is a folder; write it into the configuration"):
         place.roster.register(place.folder, f"file://{place.folder}/bucket/z")
     assert [status.path.name for status in place.roster.status()] == ["a.db"]
+
+
+def test_nothing_is_registered_readable_beside_what_is_encrypted(place: Place) -> None:
+    pair = pyrage.x25519.Identity.generate()
+    a = place.entry("a")
+    age = AgeConfig((str(pair.to_public()),), (str(pair),))
+    place.roster.load([dataclasses.replace(a, replica=dataclasses.replace(a.replica, age=age))])
+    with pytest.raises(UsageError, match=r"b.db cannot be registered: it would be stored readable"):
+        place.roster.register(place.folder / "b.db", f"file://{place.folder}/bucket/b")
+    assert not place.objects("b")
+
+
+def test_a_reload_with_other_recipients_goes_on_with_them(place: Place) -> None:
+    old, new = pyrage.x25519.Identity.generate(), pyrage.x25519.Identity.generate()
+    a = place.entry("a")
+
+    def encrypted_to(pair: pyrage.x25519.Identity) -> DatabaseConfig:
+        age = AgeConfig((str(pair.to_public()),), (str(old), str(new)))
+        return dataclasses.replace(a, replica=dataclasses.replace(a.replica, age=age))
+
+    place.roster.load([encrypted_to(old)])
+    place.roster.sync(a.path, 10)
+    assert place.roster.reload([encrypted_to(old)]) == Changes(added=0, changed=0, removed=0, same=1)
+    assert place.roster.reload([encrypted_to(new)]) == Changes(added=0, changed=1, removed=0, same=0)
+    make(a.path)
+    position = place.roster.sync(a.path, 10)
+    replica = Replica(sealed(FileStore(place.folder / "bucket" / "a"), identities=[str(new)]))
+    newest = max(replica.segments(), key=lambda ref: (ref.timeline, ref.last))
+    assert (newest.timeline, newest.last) == (position.timeline, position.txid)
+    assert replica.header(newest)
 
 
 def test_a_configuration_that_would_disturb_a_registered_database_is_refused(place: Place) -> None:
