@@ -19,6 +19,8 @@ NAMES = (
     "before-checkpoint",
     "under-barrier",
     "after-checkpoint",
+)
+FOLLOW_NAMES = (
     "before-followed-restore",
     "after-followed-restore",
     "before-followed-frames",
@@ -26,6 +28,7 @@ NAMES = (
     "before-followed-index",
     "after-followed-index",
 )
+"""Those of a copy that follows, which no replicator comes past."""
 UPKEEP_NAMES = (
     "before-merge-upload",
     "after-merge-upload",
@@ -42,7 +45,7 @@ _left = int(_count or 1)
 def reach(name: str) -> None:
     """Die here, if this is the point that the environment names."""
     global _left
-    assert name in NAMES or name in UPKEEP_NAMES, name
+    assert name in (*NAMES, *FOLLOW_NAMES, *UPKEEP_NAMES), name
     if name != _name:
         return
     _left -= 1
