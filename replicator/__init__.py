@@ -49,16 +49,21 @@ if TYPE_CHECKING:
     from replicator.errors import SyncTimeout as SyncTimeout
     from replicator.errors import TargetExists as TargetExists
     from replicator.errors import UsageError as UsageError
+    from replicator.follow import Followed as Followed
+    from replicator.follow import Follower as Follower
     from replicator.lease import Lease as Lease
     from replicator.lease import LeaseRecord as LeaseRecord
+    from replicator.metrics import Collector as Collector
     from replicator.past import Past as Past
     from replicator.past import open_past as open_past
+    from replicator.proof import Verdict as Verdict
+    from replicator.proof import verify as verify
     from replicator.replica import Replica as Replica
-    from replicator.restore import RestoreOptions as RestoreOptions
-    from replicator.restore import RestorePlan as RestorePlan
     from replicator.restore import RestoreReport as RestoreReport
     from replicator.restore import plan_restore as plan_restore
     from replicator.restore import restore as restore
+    from replicator.restore_plan import RestoreOptions as RestoreOptions
+    from replicator.restore_plan import RestorePlan as RestorePlan
     from replicator.restored import mark_restored as mark_restored
     from replicator.service import NotDurable as NotDurable
     from replicator.service import Replicator as Replicator
@@ -68,6 +73,7 @@ if TYPE_CHECKING:
     from replicator.store import open_store as open_store
     from replicator.store.measure import Meter as Meter
     from replicator.store.seal import sealed as sealed
+    from replicator.trials import TrialRecord as TrialRecord
     from replicator.upkeep import UpkeepSettings as UpkeepSettings
     from replicator.values import Position as Position
     from replicator.values import Timeline as Timeline
@@ -92,16 +98,21 @@ _HOMES = {
         "StoreDenied StoreError "
         "StoreUnavailable SyncTimeout TargetExists UsageError"
     ),
+    "follow": "Followed Follower",
     "lease": "Lease LeaseRecord",
+    "metrics": "Collector",
     "past": "Past open_past",
+    "proof": "Verdict verify",
     "replica": "Replica",
-    "restore": "RestoreOptions RestorePlan RestoreReport plan_restore restore",
+    "restore": "RestoreReport plan_restore restore",
+    "restore_plan": "RestoreOptions RestorePlan",
     "restored": "mark_restored",
     "service": "NotDurable Replicator default_state",
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
     "store.seal": "sealed",
     "upkeep": "UpkeepSettings",
+    "trials": "TrialRecord",
     "values": "Position Timeline printable",
     "watch": "Folder",
     "worker": "DatabaseStatus Protection WorkerSettings",

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from replicator.database import FileStamp, Journal, LiveDatabase, identify, is_as_left
+from replicator.database import FileStamp, Journal, LiveDatabase, identify, is_as_left, size_of_wal
 from replicator.errors import DatabaseBusy, DatabaseError, DatabaseMissing, LocalStateDamaged
 from replicator.image import Image, read_transactions
 from replicator.pagehash import StateHashes, lock_page, page_hash
@@ -85,12 +85,18 @@ class CaptureSettings:
 
 @dataclass
 class CaptureFigures:
-    """What status shows of the live side."""
+    """What status shows of the live side.
+
+    checkpoints, checkpoints_s, barriers_s: how many there were, and the seconds that they and their barriers took in all.
+    barrier_s: the longest barrier.
+    """
 
     wal_bytes: int = 0
     page_size: int = 0
     page_count: int = 0
     checkpoints: int = 0
+    checkpoints_s: float = 0.0
+    barriers_s: float = 0.0
     barrier_s: float = 0.0
     rebases: int = 0
     checkpoint_blocked: bool = False
@@ -215,6 +221,30 @@ class Capture:
             self._spool.save_base(self._state)
         return _soonest(let_by_s, wait_s, self._rest_if_abandoned(database))
 
+    def pending_bytes(self) -> int:
+        """About how much is committed and not captured yet: of the WAL, or 1 for a change without one; 0 while that is not known."""
+        database = self._database
+        if database is None:
+            return self._pending_since_closed()
+        if database.journal is Journal.ROLLBACK:
+            return int(database.stamp() != self._stamp)
+        frames = database.committed_frames()
+        end = HEADER_SIZE + frames * (FRAME_HEADER_SIZE + database.page_size) if frames else 0
+        captured = self._scanner.cursor.offset if self._scanner else 0
+        return end - captured if end >= captured else end  # when it is less than what is captured, it began anew
+
+    def _pending_since_closed(self) -> int:
+        """Of the file that was let go of when it was all that was captured; a look at it opens nothing."""
+        left = self._left()
+        if left is None or is_as_left(self.path, self._within, *left):
+            return 0
+        try:
+            found = identify(self.path, self._within)
+            is_another = (found.device, found.inode) != (left[0].device, left[0].inode)
+            return 0 if is_another else max(1, size_of_wal(self.path) or 0)
+        except (DatabaseError, OSError):  # capturing says what is wrong
+            return 0
+
     def wal_outgrows(self) -> bool:
         """Whether the WAL has grown beyond what may wait for a capture that does not come."""
         return self._database is not None and self._database.wal_size() > self._settings.wal_limit_bytes
@@ -287,16 +317,16 @@ class Capture:
     def _rests(self) -> bool:
         """Whether the database is closed, and as it was when all that was captured was in the file: there is nothing to open it for."""
         self.load()
+        left = self._left()
+        return left is not None and is_as_left(self.path, self._within, *left)
+
+    def _left(self) -> tuple[Source, FileStamp] | None:
+        """Which file is closed here, and how it was when it alone was the captured state; None when that is not so."""
         captured = self._captured
         if self._database is not None or captured is None or captured.restored or self._spool.forking:
-            return False
+            return None
         source, stamp = captured.source, captured.file
-        return (
-            captured.whole
-            and source is not None
-            and stamp is not None
-            and is_as_left(self.path, self._within, source, stamp)
-        )
+        return (source, stamp) if captured.whole and source is not None and stamp is not None else None
 
     def _leave_behind(self, database: LiveDatabase) -> None:
         """The path names another file now, or none, or the WAL was deleted. What it still holds is captured before it is closed.
@@ -651,6 +681,7 @@ class Capture:
         return wait_s
 
     def _checkpoint(self, database: LiveDatabase) -> float | None:
+        began = self._monotonic()
         try:
             result = database.checkpoint(self._drain)
         except DatabaseBusy as busy:
@@ -660,7 +691,9 @@ class Capture:
             if self._is_unconfirmed():
                 self._rebase(database, "SQLite took back a commit, since it could not make it durable")
             self.figures.checkpoints += 1
-            self.figures.barrier_s = result.barrier_s
+            self.figures.checkpoints_s += self._monotonic() - began
+            self.figures.barriers_s += result.barrier_s
+            self.figures.barrier_s = max(self.figures.barrier_s, result.barrier_s)
         self.figures.checkpoint_blocked = result is None or not result.complete
         if self.figures.checkpoint_blocked:
             longest_s = MAX_CHECKPOINT_RETRY_S if result else MAX_BUSY_RETRY_S

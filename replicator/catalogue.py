@@ -107,16 +107,25 @@ def replica_of(store: ObjectStore, name: Path | PurePosixPath) -> ObjectStore:
     return store.sub(f"{REPLICAS}{encode(name)}")
 
 
+def is_there(store: ObjectStore) -> bool:
+    """Whether the store holds the entry of any database. Raises StoreError."""
+    return any(_ENCODED.fullmatch(info.key.removeprefix(ENTRIES)) for info in store.list(ENTRIES))
+
+
+def find(store: ObjectStore, name: Path | PurePosixPath) -> Entry | None:
+    """The entry of one database, None when there is none. Raises StoreError, FormatError."""
+    try:
+        return _read(store, _key(name))
+    except ObjectMissing:
+        return None
+
+
 def entries(store: ObjectStore) -> dict[PurePosixPath, Entry]:
     """All databases that the folder's replica holds. Raises StoreError, FormatError."""
     found = {}
     for info in store.list(ENTRIES):
         name = decode(info.key.removeprefix(ENTRIES))
-        try:
-            entry = msgspec.json.decode(_content(store, info.key), type=Entry)
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{store.url}/{info.key} is not the entry of a database: {error}") from error
-        found[name] = entry
+        found[name] = _read(store, info.key)
     return found
 
 
@@ -134,7 +143,14 @@ def recoverable(store: ObjectStore) -> dict[PurePosixPath, Entry | None]:
             found.setdefault(decode(rest.partition("/")[0]), None)
     for name in found:
         try:
-            found[name] = msgspec.json.decode(store.get(_key(name)), type=Entry)
-        except (ObjectMissing, msgspec.MsgspecError) as error:
+            found[name] = _read(store, _key(name))
+        except (ObjectMissing, FormatError) as error:
             log.warning("%s/%s: the entry of a database is lost or damaged: %s", store.url, _key(name), error)
     return found
+
+
+def _read(store: ObjectStore, key: str) -> Entry:
+    try:
+        return msgspec.json.decode(_content(store, key), type=Entry)
+    except msgspec.MsgspecError as error:
+        raise FormatError(f"{store.url}/{key} is not the entry of a database: {error}") from error

@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from replicator.age import check_identity, check_recipient, read_identities
 from replicator.capture import CaptureSettings
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, STORE_KEYS, TOP_KEYS, Key
 from replicator.errors import ConfigError, UsageError
+from replicator.heartbeat import check_heartbeat_url
+from replicator.pace import Allowance
+from replicator.peers import parse_address
 from replicator.store import ObjectStore, open_store
+from replicator.store.measure import Meter
 from replicator.store.seal import sealed
 from replicator.upkeep import MAX_LEVELS, UpkeepSettings
 from replicator.values import parse_duration
@@ -31,6 +36,7 @@ from replicator.worker import WorkerSettings
 DEFAULT_FILES = (Path("/etc/replicator.yml"), Path("/etc/litestream.yml"))
 SHUTDOWN_TIMEOUT_S = 30.0
 SWEEP_S = 60.0
+HEARTBEAT_S = 300.0
 NEVER_S = 10 * 365 * 86400.0
 """Longer than any process runs; Litestream's 0 for a checkpoint-interval means never."""
 
@@ -81,17 +87,19 @@ class ReplicaConfig:
     url: str
     access_key: str | None = field(default=None, repr=False)
     secret_key: str | None = field(default=None, repr=False)
-    origin: str = ""
+    origin: str = field(default="", compare=False)
     age: AgeConfig | None = None
 
-    def open(self, stop: threading.Event | None = None, identities: Sequence[str] = ()) -> ObjectStore:
+    def open(
+        self, stop: threading.Event | None = None, identities: Sequence[str] = (), *, meter: Meter | None = None
+    ) -> ObjectStore:
         """Raises ConfigError with the line, or UsageError, for a URL or keys that have no meaning. Sends nothing.
 
         stop: given by a daemon, which ships again and again anyway: a request of its store gives up soon, so that status says why.
-        identities: of age, that open it too; without ``age`` it can then only be read.
+        identities: of age, that open it too; without ``age`` it can then only be read. meter: where requests are counted.
         """
         try:
-            store = self._open_bare(stop)
+            store = self._open_bare(stop, meter)
             if self.age is not None:
                 return self.age.seal(store, identities)
             return sealed(store, identities=identities) if identities else store
@@ -100,13 +108,14 @@ class ReplicaConfig:
                 raise
             raise ConfigError(f"{self.origin}: replica: {error}") from error
 
-    def _open_bare(self, stop: threading.Event | None) -> ObjectStore:
+    def _open_bare(self, stop: threading.Event | None, meter: Meter | None) -> ObjectStore:
         return open_store(
             self.url,
             access_key=self.access_key,
             secret_key=self.secret_key,
             retry_budget_s=SHIPPING_PATIENCE_S if stop else PATIENCE_S,
             stop=stop,
+            meter=meter,
         )
 
 
@@ -123,7 +132,7 @@ class DatabaseConfig:
     state: Path | None = None
     settings: WorkerSettings = WorkerSettings()
     restore_if_missing: bool = False
-    origin: str = ""
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,9 @@ class Config:
     socket_mode: int = 0o600
     sweep_s: float = SWEEP_S
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S
+    metrics_address: str = ""
+    heartbeat_url: str = field(default="", repr=False)
+    heartbeat_s: float = HEARTBEAT_S
     notes: tuple[str, ...] = ()
 
     def find(self, path: Path) -> DatabaseConfig | None:
@@ -424,6 +436,9 @@ class _Builder:
             socket_mode=_get(socket, "permissions", 0o600),
             sweep_s=self._positive(top, "sweep-interval", "", SWEEP_S),
             shutdown_timeout_s=_get(top, "shutdown-sync-timeout", SHUTDOWN_TIMEOUT_S),
+            metrics_address=self._checked(top, "addr", parse_address),
+            heartbeat_url=self._checked(top, "heartbeat-url", check_heartbeat_url),
+            heartbeat_s=self._positive(top, "heartbeat-interval", "", HEARTBEAT_S),
             notes=tuple(self._reader.notes),
         )
 
@@ -442,6 +457,8 @@ class _Builder:
             ),
             interval_s=self._interval(replica_value.value, top, f"{where}.replica"),
             upkeep=self._upkeep(values, top, where),
+            allowance=self._allowance(replica_value, top, f"{where}.replica"),
+            trial_every_s=_trial_interval(replica_value.value, top),
         )
         path: Path = values["dir" if "dir" in values else "path"].value
         return DatabaseConfig(
@@ -512,6 +529,17 @@ class _Builder:
             if found[-1] <= max(found[:-1], default=0.0):
                 raise self._reader.wrong(level.line, f"{where}.interval", "is not longer than that of the level before")
         return tuple(found)
+
+    def _allowance(self, replica: _Value, top: _Section, where: str) -> Allowance | None:
+        given, where = (replica.value, f"{where}.put-budget") if "put-budget" in replica.value else (top, "put-budget")
+        if "put-budget" not in given:
+            return None
+        budget: _Section = given["put-budget"].value
+        if "per-hour" not in budget:
+            raise self._reader.wrong(given["put-budget"].line, f"{where}.per-hour", "is missing; how many may leave?")
+        return Allowance(
+            self._positive(budget, "per-hour", where, 0), self._positive(budget, "burst", where, Allowance.burst)
+        )
 
     def _replica(self, replica: _Value, top: _Section, where: str) -> ReplicaConfig:
         defaults = {key.name: top[key.name] for key in STORE_KEYS if key.name in top}
@@ -597,6 +625,16 @@ class _Builder:
                 options.setdefault("endpoint", f"https://{provider['endpoint']}")
         return _s3_url(bucket, parts.path, values, options)
 
+    def _checked(self, values: _Section, name: str, check: Callable[[str], object]) -> str:
+        """A text of the top that has to pass a check; '' when it is not there."""
+        text: str = _get(values, name, "")
+        try:
+            if text:
+                check(text)
+        except UsageError as error:
+            raise self._reader.wrong(values[name].line, name, str(error)) from None
+        return text
+
     def _positive(self, values: _Section, name: str, where: str, default: Any) -> Any:
         if name not in values:
             return default
@@ -606,15 +644,39 @@ class _Builder:
 
     def _check_distinct(self, databases: tuple[DatabaseConfig, ...]) -> None:
         """No database may be replicated twice, nor two to one place, nor with one local state."""
+        known: dict[tuple[object, ...], int] = {}
+        folders: list[int] = []
         for number, entry in enumerate(databases):
-            for earlier in databases[:number]:
-                problem = _clash(earlier, entry)
+            marks = _marks(entry)
+            alike = {known[mark] for mark in marks if mark in known}
+            for earlier in range(number) if entry.folder else sorted({*folders, *alike}):
+                problem = clash(databases[earlier], entry)
                 if problem:
-                    raise ConfigError(f"{entry.origin}: dbs[{number}]: {problem} {earlier.origin}")
+                    raise ConfigError(f"{entry.origin}: dbs[{number}]: {problem} {databases[earlier].origin}")
+            known |= dict.fromkeys(marks, number)
+            if entry.folder:
+                folders.append(number)
+
+
+def _marks(entry: DatabaseConfig) -> set[tuple[object, ...]]:
+    """Two databases without one of these in common do not clash, so that not every pair of thousands is compared."""
+    marks: set[tuple[object, ...]] = {("path", _real(entry.path)), ("url", entry.replica.url.rstrip("/"))}
+    with suppress(OSError):
+        found = entry.path.stat()
+        marks.add(("file", found.st_dev, found.st_ino))
+    if entry.state is not None:
+        marks.add(("state", entry.state))
+    return marks
 
 
 def _get(values: _Section, name: str, default: Any) -> Any:
     return values[name].value if name in values else default
+
+
+def _trial_interval(replica: _Section, top: _Section) -> float:
+    """Seconds; 0 for never."""
+    default = _get(top, "validation-interval", _get(_get(top, "validation", {}), "interval", 0.0))
+    return float(_get(replica, "validation-interval", default))
 
 
 def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -> str:
@@ -628,7 +690,7 @@ def _s3_url(bucket: str, path: str, values: _Section, options: dict[str, str]) -
     return f"s3://{bucket}{prefix}" + (f"?{urlencode(options)}" if options else "")
 
 
-def _clash(one: DatabaseConfig, other: DatabaseConfig) -> str:
+def clash(one: DatabaseConfig, other: DatabaseConfig) -> str:
     """Words for why the two cannot be replicated side by side, to be followed by where the other is; '' when they can."""
     if one.folder is None and other.folder is None and _same_file(one.path, other.path):
         return "this database is replicated already by"

@@ -41,7 +41,6 @@ def _unused(kind: Kind, instead: str, *names: str, section: tuple[Key, ...] = ()
     return tuple(Key(name, kind, instead=instead, section=section) for name in names)
 
 
-_NO_VALIDATION = "a restore verifies every checksum; verifying at intervals is not built yet"
 _OTHER_STORE = "belongs to a kind of store that is not built yet; replicas go to s3 or file"
 _S3_CLIENT = "the S3 client decides this by itself"
 _NO_SERVER = "not built yet: nothing listens there"
@@ -93,8 +92,21 @@ STORE_KEYS: tuple[Key, ...] = (
         "duration",
         "under an endless stream of commits one segment leaves in this time; a single commit leaves at once. Default 1s",
     ),
+    Key(
+        "put-budget",
+        "section",
+        "how many segments may leave, all databases of this replica taken together; ours, not Litestream's. Default no limit",
+        section=(
+            Key("per-hour", "count", "so many on average; what must wait longer joins the commits after it"),
+            Key("burst", "count", "so many at once after a pause. Default 100"),
+        ),
+    ),
     Key("age", "section", "encryption of all that is stored; its keys are below", section=AGE_KEYS),
-    *_unused("duration", _NO_VALIDATION, "validation-interval"),
+    Key(
+        "validation-interval",
+        "duration",
+        "the replica is restored for a trial this often (see Proof); 0 for never. Default: `interval` of `validation`",
+    ),
     *_unused("count", "a segment ends at the first commit after 64 MiB of WAL", "max-sync-ltx-files"),
     *_unused("flag", "local state that is damaged is always set aside, and a new timeline begins", "auto-recover"),
     *_unused("flag", _S3_CLIENT, "sign-payload", "require-content-md5", "sign-accept-encoding"),
@@ -236,11 +248,32 @@ TOP_KEYS: tuple[Key, ...] = (
         "Default 24h",
     ),
     *_unused("duration", "looked at once in the longest interval of levels", "l0-retention-check-interval"),
-    *_unused("section", _NO_VALIDATION, "validation", section=_unused("duration", _NO_VALIDATION, "interval")),
+    Key(
+        "validation",
+        "section",
+        "trial restores of all replicas",
+        section=(
+            Key(
+                "interval",
+                "duration",
+                "each replica is restored for a trial this often, such as `24h`; 0 for never. Default 0",
+            ),
+        ),
+    ),
     *_unused("flag", "what was merged is always read back and verified", "verify-compaction"),
-    *_unused("text", _NO_SERVER, "addr", "mcp-addr"),
-    *_unused("text", "not built yet: nothing is called; ask `replicator status`", "heartbeat-url"),
-    *_unused("duration", "not built yet: nothing is called; ask `replicator status`", "heartbeat-interval"),
+    Key(
+        "addr",
+        "text",
+        "where metrics for Prometheus are served, at `/metrics`: `:9090` on every address of this computer, or "
+        "`127.0.0.1:9090`. Default nowhere",
+    ),
+    Key(
+        "heartbeat-url",
+        "secret",
+        "this URL is asked for (GET) at the start and every heartbeat-interval, as long as every database is protected",
+    ),
+    Key("heartbeat-interval", "duration", "Default 5m"),
+    *_unused("text", _NO_SERVER, "mcp-addr"),
 )
 
 
@@ -250,6 +283,7 @@ def reference() -> str:
     socket = next(key for key in TOP_KEYS if key.name == "socket")
     levels = next(key for key in TOP_KEYS if key.name == "levels")
     retention = next(key for key in TOP_KEYS if key.name == "retention")
+    validation = next(key for key in TOP_KEYS if key.name == "validation")
     tables = (
         ("At the top of the file", tuple(key for key in TOP_KEYS if key not in STORE_KEYS)),
         ("In `logging`", logging.section),
@@ -257,9 +291,11 @@ def reference() -> str:
         ("In an entry of `levels`", levels.section),
         ("In `snapshot`", _SNAPSHOT.section),
         ("In `retention`", retention.section),
+        ("In `validation`", validation.section),
         ("In an entry of `dbs`", DATABASE_KEYS),
         ("In `replica`", REPLICA_KEYS),
         ("In `age`", AGE_KEYS),
+        ("In `put-budget`", next(key for key in STORE_KEYS if key.name == "put-budget").section),
     )
     return "\n\n".join(f"### {title}\n\n{_table(keys)}" for title, keys in tables) + "\n"
 

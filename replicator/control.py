@@ -1,46 +1,60 @@
 """The control socket of a running replicator: HTTP on a unix-domain socket, for its owner only, and the calls of a client.
 
-Owns the socket file. Never changes what is replicated. Routes: ``GET /status``, ``GET /databases``, ``POST /sync?db=&timeout=`` and
-``GET /barrier?db=&timeout=``; the last two answer when everything that was committed before is in the store.
+Owns the socket file, and ROUTES. ``sync`` and ``barrier`` answer when everything that was committed before is in the store. Decides
+nothing: what is asked for goes to the one who operates the replicator.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import logging
 import os
 import socket
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingMixIn, UnixStreamServer
-from typing import TYPE_CHECKING, Any
+from socketserver import UnixStreamServer
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from replicator import __version__
-from replicator.errors import DaemonNotRunning, DatabaseMissing, ReplicatorError, SyncTimeout, UsageError
+from replicator.errors import (
+    DaemonNotRunning,
+    DatabaseMissing,
+    DatabaseNotReplicable,
+    ReplicatorError,
+    SyncTimeout,
+    UsageError,
+)
+from replicator.peers import BoundedThreads, Handler
 from replicator.values import Position, format_time, parse_duration
 
 if TYPE_CHECKING:
-    from replicator.service import Replicator
+    from replicator.roster import Left
+    from replicator.trials import TrialRecord
     from replicator.worker import DatabaseStatus
 
-log = logging.getLogger(__name__)
-
-PEER_TIMEOUT_S = 10.0
-"""A peer that sends nothing, or takes nothing, for so long is hung up on."""
-MAX_PEERS = 64
 DEFAULT_WAIT_S = 30.0
 MAX_WAIT_S = 3600.0
 MAX_PATH_BYTES = 107
 """The longest name that the kernel takes for a unix-domain socket."""
 _CALL_TIMEOUT_S = 10.0
+_PROTECTIONS = ("protected", "catching up", "NOT PROTECTED")
 
-_STATUS_OF: dict[type[ReplicatorError], int] = {UsageError: 400, DatabaseMissing: 404, SyncTimeout: 504}
+ROUTES = {
+    "GET": ("/status", "/list", "/info", "/barrier"),
+    "POST": ("/sync", "/register", "/unregister", "/start", "/stop"),
+}
+
+_STATUS_OF: dict[type[ReplicatorError], int] = {
+    UsageError: 400,
+    DatabaseMissing: 404,
+    DatabaseNotReplicable: 409,
+    SyncTimeout: 504,
+}
 
 
 class SocketInUse(ReplicatorError):
@@ -78,7 +92,34 @@ def status_document(status: DatabaseStatus) -> dict[str, Any]:
         "upkeep_problem": status.upkeep_problem,
         "checkpoint_blocked": status.checkpoint_blocked,
         "longest_barrier_s": round(status.barrier_s, 6),
+        "puts_minute": status.puts_minute,
+        "puts_hour": status.puts_hour,
+        "usd_per_month": None if status.usd_per_month is None else round(status.usd_per_month, 2),
+        "trial": _trial_document(status.trial) if status.trial else None,
     }
+
+
+def _trial_document(trial: TrialRecord) -> dict[str, Any]:
+    """proved_*: up to which position and commit the replica was restored for a trial, and when; null if never."""
+    return {
+        "proved": trial.position or None,
+        "proved_time": format_time(trial.commit_ms) if trial.position else None,
+        "proved_at": format_time(trial.proved_ms) if trial.position else None,
+        "tried_at": format_time(trial.tried_ms),
+        "problem": trial.problem,
+        "integrity_unchecked": trial.unchecked,
+    }
+
+
+class Operated(Protocol):
+    """Who answers: the list of what is replicated. Paths are absolute. Raises ReplicatorError."""
+
+    def status(self) -> list[DatabaseStatus]: ...
+    def sync(self, path: Path, timeout_s: float) -> Position: ...
+    def register(self, path: Path, url: str) -> None: ...
+    def unregister(self, path: Path, timeout_s: float) -> Left: ...
+    def start(self, path: Path) -> None: ...
+    def stop(self, path: Path, timeout_s: float) -> Left: ...
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -87,15 +128,17 @@ def status_document(status: DatabaseStatus) -> dict[str, Any]:
 class ControlServer:
     """Serves from ``start`` to ``close``; each peer has a thread of its own, so that one that hangs holds up no other."""
 
-    def __init__(self, path: Path, replicator: Replicator, mode: int = 0o600) -> None:
-        """Takes the path; a socket that a dead replicator left there is replaced.
+    def __init__(
+        self, path: Path, operated: Operated, mode: int = 0o600, *, info: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        """Takes the path; a socket that a dead replicator left there is replaced. info: what ``info`` tells of the process besides.
 
         Raises SocketInUse when a living one answers there, UsageError when there can be no socket.
         """
         self.path = path
         check_path(path)
         _check_free(path)
-        self._server = _Server(path, replicator, mode)
+        self._server = _Server(path, operated, mode, info)
         self._inode = _inode(path)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
@@ -123,14 +166,10 @@ def check_path(path: Path) -> None:
         raise UsageError(f"the socket's path {path} is longer than {MAX_PATH_BYTES} bytes; name a shorter one")
 
 
-class _Server(ThreadingMixIn, UnixStreamServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = MAX_PEERS
-
-    def __init__(self, path: Path, replicator: Replicator, mode: int) -> None:
-        self.replicator = replicator
-        self._places = threading.BoundedSemaphore(MAX_PEERS)
+class _Server(BoundedThreads, UnixStreamServer):
+    def __init__(self, path: Path, operated: Operated, mode: int, info: Callable[[], dict[str, Any]]) -> None:
+        self.operated = operated
+        self.info = info
         super().__init__(str(path), _Handler, bind_and_activate=False)
         try:
             self.server_bind()
@@ -142,89 +181,116 @@ class _Server(ThreadingMixIn, UnixStreamServer):
                 f"no socket can be made at {path}: {error.strerror}; name another with --socket"
             ) from error
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a peer of the control socket went away", exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: _Server
-    timeout = PEER_TIMEOUT_S
-    server_version = f"replicator/{__version__}"
 
     def do_GET(self) -> None:
-        self._answer({"/status": self._status, "/databases": self._databases, "/barrier": self._wait})
+        self._answer()
 
     def do_POST(self) -> None:
-        self._answer({"/sync": self._wait})
+        self._answer()
 
     def address_string(self) -> str:
         return "control"  # a peer of a unix-domain socket has no address
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
-
-    def _answer(self, routes: Mapping[str, Callable[[dict[str, str]], dict[str, Any]]]) -> None:
+    def _answer(self) -> None:
         parts = urlsplit(self.path)
+        query: dict[str, str] = {}
         try:
-            route = routes.get(parts.path)
-            if route is None:
+            if parts.path not in ROUTES[self.command]:
                 self._send(404, {"error": f"there is no {self.command} {parts.path} here", "code": "NoRoute"})
                 return
-            query = parse_qs(parts.query, keep_blank_values=True)
-            self._send(200, route({key: values[-1] for key, values in query.items()}))
+            parsed = parse_qs(parts.query, keep_blank_values=True, errors="surrogateescape")
+            query = {key: values[-1] for key, values in parsed.items()}
+            route: Callable[[dict[str, str]], dict[str, Any]] = getattr(self, f"_{parts.path[1:]}")
+            self._send(200, route(query))
         except ReplicatorError as error:
             code = next((status for kind, status in _STATUS_OF.items() if isinstance(error, kind)), 500)
-            self._send(code, {"error": str(error), "code": type(error).__name__})
+            reached = {"durable": self._reached(query)} if isinstance(error, SyncTimeout) else {}
+            self._send(code, {"error": str(error), "code": type(error).__name__, **reached})
 
     def _send(self, code: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document).encode() + b"\n"  # in ASCII, as a path may be no valid UTF-8
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        # In ASCII, as a path may be no valid UTF-8.
+        self.send(code, "application/json", json.dumps(document).encode() + b"\n")
 
     def _status(self, _: dict[str, str]) -> dict[str, Any]:
-        databases = [status_document(status) for status in self.server.replicator.status()]
+        databases = [status_document(status) for status in self.server.operated.status()]
         return {"pid": os.getpid(), "version": __version__, "databases": databases}
 
-    def _databases(self, _: dict[str, str]) -> dict[str, Any]:
-        known = self.server.replicator.status()
-        return {"databases": [{"path": str(status.path), "url": status.url} for status in known]}
+    def _list(self, _: dict[str, str]) -> dict[str, Any]:
+        known = self.server.operated.status()
+        return {"databases": [{"path": str(it.path), "url": it.url, "protection": it.protection.value} for it in known]}
 
-    def _wait(self, query: dict[str, str]) -> dict[str, Any]:
-        if "db" not in query:
-            raise UsageError("name the database: ?db=PATH")
-        path = self._known(query["db"])
+    def _info(self, _: dict[str, str]) -> dict[str, Any]:
+        counts = Counter(status.protection.value for status in self.server.operated.status())
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            **self.server.info(),
+            "databases": {each.lower().replace(" ", "_"): counts[each] for each in _PROTECTIONS},
+        }
+
+    def _sync(self, query: dict[str, str]) -> dict[str, Any]:
+        path = self._known(_path_of(query))
         timeout_s = _wait_of(query.get("timeout", ""))
         try:
-            position: Position | None = self.server.replicator.sync(path, timeout_s)
+            position: Position | None = self.server.operated.sync(path, timeout_s)
         except SyncTimeout:
             if timeout_s > 0:
                 raise
             position = None  # it was only to be set going
         return {"path": str(path), "durable": str(position) if position else None}
 
-    def _known(self, name: str) -> Path:
+    _barrier = _sync
+
+    def _register(self, query: dict[str, str]) -> dict[str, Any]:
+        path, url = _path_of(query), query.get("replica", "")
+        if not url:
+            raise UsageError("say where the replica is to be: ?db=PATH&replica=URL")
+        self.server.operated.register(path, url)
+        return {"path": str(path), "url": url}
+
+    def _unregister(self, query: dict[str, str]) -> dict[str, Any]:
+        return _left(self.server.operated.unregister(self._known(_path_of(query)), _wait_of(query.get("timeout", ""))))
+
+    def _start(self, query: dict[str, str]) -> dict[str, Any]:
+        path = self._known(_path_of(query))
+        self.server.operated.start(path)
+        return {"path": str(path)}
+
+    def _stop(self, query: dict[str, str]) -> dict[str, Any]:
+        return _left(self.server.operated.stop(self._known(_path_of(query)), _wait_of(query.get("timeout", ""))))
+
+    def _reached(self, query: dict[str, str]) -> str | None:
+        path = self._known(_path_of(query))
+        durable = (status.durable for status in self.server.operated.status() if status.path == path)
+        return str(found) if (found := next(durable, None)) else None
+
+    def _known(self, path: Path) -> Path:
         """The database as the replicator names it; it may have been reached over a link."""
-        known = [status.path for status in self.server.replicator.status()]
-        path = Path(name)
+        known = [status.path for status in self.server.operated.status()]
         if path in known:
             return path
         real = os.path.realpath(path)
         return next((other for other in known if os.path.realpath(other) == real), path)
+
+
+def _path_of(query: dict[str, str]) -> Path:
+    name = query.get("db", "")
+    if not name or "\0" in name:
+        raise UsageError("name the database: ?db=PATH")
+    if not name.startswith("/"):
+        raise UsageError(f"{name} is not the whole path of a database; it begins with /")
+    return Path(os.path.normpath(name))
+
+
+def _left(left: Left) -> dict[str, Any]:
+    return {
+        "path": str(left.path),
+        "durable": str(left.durable) if left.durable else None,
+        "reason": left.reason,
+    }
 
 
 def _wait_of(text: str) -> float:
@@ -274,8 +340,13 @@ def status(path: Path) -> dict[str, Any]:
 
 
 def databases(path: Path) -> dict[str, Any]:
-    """What ``GET /databases`` says. Raises DaemonNotRunning."""
-    return _call(path, "GET", "/databases", _CALL_TIMEOUT_S)
+    """What ``GET /list`` says. Raises DaemonNotRunning."""
+    return _call(path, "GET", "/list", _CALL_TIMEOUT_S)
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What ``GET /info`` says. Raises DaemonNotRunning."""
+    return _call(path, "GET", "/info", _CALL_TIMEOUT_S)
 
 
 def sync(path: Path, database: Path, timeout_s: float) -> dict[str, Any]:
@@ -283,8 +354,31 @@ def sync(path: Path, database: Path, timeout_s: float) -> dict[str, Any]:
 
     Raises DaemonNotRunning, DatabaseMissing, SyncTimeout.
     """
-    query = urlencode({"db": str(database), "timeout": f"{timeout_s:g}"})
-    return _call(path, "POST", f"/sync?{query}", timeout_s + _CALL_TIMEOUT_S)
+    return _post(path, "sync", timeout_s, db=str(database), timeout=f"{timeout_s:g}")
+
+
+def register(path: Path, database: Path, url: str) -> dict[str, Any]:
+    """Have it replicate one more database. Raises DaemonNotRunning, UsageError, DatabaseNotReplicable."""
+    return _post(path, "register", MAX_WAIT_S, db=str(database), replica=url)
+
+
+def unregister(path: Path, database: Path, timeout_s: float) -> dict[str, Any]:
+    """Have it ship a database and forget it. Raises DaemonNotRunning, DatabaseMissing."""
+    return _post(path, "unregister", timeout_s + _CALL_TIMEOUT_S, db=str(database), timeout=f"{timeout_s:g}")
+
+
+def stop(path: Path, database: Path, timeout_s: float) -> dict[str, Any]:
+    """Have it ship a database and let go of it. Raises DaemonNotRunning, DatabaseMissing."""
+    return _post(path, "stop", timeout_s + _CALL_TIMEOUT_S, db=str(database), timeout=f"{timeout_s:g}")
+
+
+def start(path: Path, database: Path) -> dict[str, Any]:
+    """Have it go on with one that was stopped. Raises DaemonNotRunning, DatabaseMissing."""
+    return _post(path, "start", _CALL_TIMEOUT_S, db=str(database))
+
+
+def _post(path: Path, verb: str, patience_s: float, **query: str) -> dict[str, Any]:
+    return _call(path, "POST", f"/{verb}?{urlencode(query, errors='surrogateescape')}", patience_s + _CALL_TIMEOUT_S)
 
 
 class _Connection(http.client.HTTPConnection):

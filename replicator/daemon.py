@@ -14,27 +14,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from replicator import control
+from replicator import control, systemd
 from replicator.config import Config, DatabaseConfig
 from replicator.descriptors import raise_descriptor_limit
 from replicator.errors import NothingToRestore, ReplicatorError, SyncTimeout, UsageError
+from replicator.heartbeat import Heartbeat
 from replicator.litestream.choice import choose
 from replicator.litestream.restore import restore as restore_litestream
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions, restore
+from replicator.restore import restore
+from replicator.restore_plan import RestoreOptions
 from replicator.restored import mark_restored
+from replicator.roster import Roster
 from replicator.service import Replicator, default_state
 from replicator.store import ObjectStore
 from replicator.store.seal import bare
 from replicator.values import Position, format_time, printable
 from replicator.worker import DatabaseStatus, Protection
+
+if TYPE_CHECKING:
+    from replicator.metrics import MetricsServer
 
 log = logging.getLogger("replicator.daemon")
 
@@ -44,6 +51,15 @@ ANNOUNCE_PAUSE_S = 30.0
 """Between two looks at a database that is not safe yet; its worker goes on by itself meanwhile."""
 CLOSING_S = 2.0
 """For letting go of everything when the time for the last commits is used up."""
+_AT_START = {
+    "exec_command": "exec",
+    "socket_enabled": "socket",
+    "socket_path": "socket",
+    "socket_mode": "socket",
+    "sweep_s": "sweep-interval",
+    "metrics_address": "addr",
+}
+"""What is read once, by the name of its key."""
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
@@ -115,16 +131,18 @@ def _say(outcomes: list[Outcome]) -> bool:
 
 
 class _Signals:
-    """The first signal asks to stop, the second ends at once."""
+    """The first signal asks to stop, the second ends at once. on_hangup: what SIGHUP does; None to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_hangup: Callable[[], None] | None = None) -> None:
         self.wanted = threading.Event()
         self.child: subprocess.Popen[bytes] | None = None
+        self._on_hangup = on_hangup
         self._told = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -132,13 +150,16 @@ class _Signals:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP and self._on_hangup is not None:
+            self._on_hangup()
+            return
         if self._told:
             self._end_child(signal.SIGKILL)
             os._exit(128 + number)
         self._told = True
         self.wanted.set()
         # A terminal sends its interrupt to the child itself.
-        if not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
+        if not (number == signal.SIGINT and _at_terminal()):
             self._end_child(number)
 
     def _end_child(self, number: int) -> None:
@@ -147,17 +168,26 @@ class _Signals:
                 self.child.send_signal(number)
 
 
+def _at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line adds. socket_path: None when none was named."""
+    """What the command line adds. socket_path: None when none was named. log_format: '' for that of the configuration.
+
+    shutdown_timeout_s: None for that of the configuration. load: reads the configuration anew; None when there is no file.
+    """
 
     once: bool = False
     exec_command: str = ""
     socket_path: Path | None = None
-    shutdown_timeout_s: float = 30.0
+    shutdown_timeout_s: float | None = None
+    log_format: str = ""
+    load: Callable[[], Config] | None = None
 
 
 class Daemon:
@@ -166,68 +196,153 @@ class Daemon:
     def __init__(self, config: Config, options: RunOptions) -> None:
         self._config = config
         self._options = options
-        self._signals = _Signals()
+        # A terminal that closes ends what runs in it.
+        reloads = options.load is not None and not options.once and not _at_terminal()
+        self._signals = _Signals(self._reload_soon if reloads else None)
         self._stop_stores = threading.Event()
         self._replicator = Replicator(sweep_s=config.sweep_s)
+        self._roster = Roster(self._replicator, self._stop_stores, _prepare)
+        self._reloading = threading.Lock()
+        self._heartbeat: Heartbeat | None = None
+        self._loaded_ms = self._started_ms = _now_ms()
+        self._reload_problem = ""
+
+    @property
+    def _shutdown_timeout_s(self) -> float:
+        given = self._options.shutdown_timeout_s
+        return self._config.shutdown_timeout_s if given is None else given
 
     def run(self) -> int:
         """The exit code: 0 when everything is durable, else 1; that of the program if one ran and did not return 0."""
         command = shlex.split(self._options.exec_command)
         raise_descriptor_limit()
         with self._signals.handled():
-            stores = self._open_stores()
-            for entry, store in stores:
-                if entry.restore_if_missing:
-                    restore_if_missing(entry, store)
             self._replicator.start()
             try:
-                for entry, store in stores:
-                    self._add(entry, store)
-            except ReplicatorError:
+                self._roster.load(self._config.databases)
+            except (ReplicatorError, OSError):
                 self._finish([])
                 raise
             return self._once() if self._options.once else self._until_told(command)
 
-    def _open_stores(self) -> list[tuple[DatabaseConfig, ObjectStore]]:
-        """All of them before anything starts, so that a wrong URL costs nothing."""
-        return [(entry, entry.replica.open(self._stop_stores)) for entry in self._config.databases]
-
-    def _add(self, entry: DatabaseConfig, store: ObjectStore) -> None:
-        if entry.folder is not None:
-            self._replicator.add_folder(entry.folder, store, state=entry.state, settings=entry.settings)
-        else:
-            self._replicator.add(entry.path, store, state=entry.state, settings=entry.settings)
-
     # -- until the end of time -----------------------------------------------------------------------------------------
 
     def _until_told(self, command: list[str]) -> int:
-        server = self._serve()
+        watchdog = systemd.Watchdog(self._replicator.is_alive)
+        servers = self._serve()
+        self._beat()
         log.info("replicating %s", ", ".join(str(entry.path) for entry in self._config.databases))
+        systemd.notify("READY=1")
+        watchdog.start()
         threading.Thread(target=self._announce, name="announce", daemon=True).start()
-        code = self._run_command(command) if command else self._wait()
-        log.info("stopping")
-        if server is not None:
-            server.close()
+        try:
+            code = self._run_command(command) if command else self._wait()
+        finally:
+            log.info("stopping")
+            systemd.notify("STOPPING=1")
+            for server in servers:
+                server.close()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
         durable = self._finish(self._last_sync())
+        watchdog.stop()
         return code if code or durable else 1
 
-    def _serve(self) -> control.ControlServer | None:
+    def _serve(self) -> list[control.ControlServer | MetricsServer]:
+        servers: list[control.ControlServer | MetricsServer] = []
+        try:
+            if self._config.metrics_address:
+                servers.append(self._serve_metrics(self._config.metrics_address))
+            if (socket := self._serve_control()) is not None:
+                servers.append(socket)
+        except UsageError:
+            for server in servers:
+                server.close()
+            self._finish([])
+            raise
+        for server in servers:
+            server.start()
+        return servers
+
+    def _serve_metrics(self, address: str) -> MetricsServer:
+        from replicator.metrics import Collector, MetricsServer  # it takes memory that nobody needs without it
+
+        return MetricsServer(address, Collector(self._roster.status, self._roster.meters))
+
+    def _serve_control(self) -> control.ControlServer | None:
         if not self._config.socket_enabled:
             return None
         named = self._options.socket_path or self._config.socket_path
         try:
-            server = control.ControlServer(named or control.default_path(), self._replicator, self._config.socket_mode)
+            return control.ControlServer(
+                named or control.default_path(), self._roster, self._config.socket_mode, info=self._info
+            )
         except control.SocketInUse as error:
             log.warning("%s; `status` and `sync` will not find this one", error)
             return None
         except UsageError as error:
             if named is not None:
-                self._finish([])
                 raise
             log.warning("%s; `status` and `sync` will not find this replicator", error)
             return None
-        server.start()
-        return server
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "started": format_time(self._started_ms),
+            "config": str(self._config.file) if self._config.file else None,
+            "config_loaded": format_time(self._loaded_ms),
+            "reload_problem": self._reload_problem,
+        }
+
+    def _beat(self) -> None:
+        """As the configuration has it now."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        self._heartbeat = None
+        if self._config.heartbeat_url:
+            self._heartbeat = Heartbeat(self._config.heartbeat_url, self._config.heartbeat_s, self._is_protected)
+            self._heartbeat.start()
+
+    def _is_protected(self) -> bool:
+        return all(status.protection is Protection.PROTECTED for status in self._roster.status())
+
+    # -- another configuration -----------------------------------------------------------------------------------------
+
+    def _reload_soon(self) -> None:
+        """In a thread of its own: a database may have to be restored first, and a signal to stop must not wait for that."""
+        threading.Thread(target=self._reload, name="reload", daemon=True).start()
+
+    def _reload(self) -> None:
+        with self._reloading:
+            systemd.notify_reloading()
+            try:
+                self._apply(self._options.load() if self._options.load else self._config)
+                self._reload_problem = ""
+            except (ReplicatorError, OSError) as error:
+                self._reload_problem = str(error)
+                log.error("the configuration is not loaded, the one from before stays in use: %s", error)
+            finally:
+                systemd.notify("READY=1")
+
+    def _apply(self, config: Config) -> None:
+        changes = self._roster.reload(config.databases)
+        before, self._config, self._loaded_ms = self._config, config, _now_ms()
+        set_up_logging(config.log_level, self._options.log_format or config.log_format)
+        mention(config.notes)
+        if (config.heartbeat_url, config.heartbeat_s) != (before.heartbeat_url, before.heartbeat_s):
+            self._beat()
+        for name, key in _AT_START.items():
+            if getattr(before, name) != getattr(config, name):
+                log.warning("%s: a change of %s takes effect at the next start", config.file, key)
+        log.info(
+            "the configuration is loaded again: %d added, %d changed, %d removed, %d as before",
+            changes.added,
+            changes.changed,
+            changes.removed,
+            changes.same,
+        )
+
+    # -- how it ends ---------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Say once of each database that is there at the start when it is safe."""
@@ -268,8 +383,8 @@ class Daemon:
 
         threading.Thread(target=wait_for_child, name="exec", daemon=True).start()
         self._signals.wanted.wait()
-        if not ended.wait(self._options.shutdown_timeout_s):
-            log.warning("%s does not end within %g s; it is killed", command[0], self._options.shutdown_timeout_s)
+        if not ended.wait(self._shutdown_timeout_s):
+            log.warning("%s does not end within %g s; it is killed", command[0], self._shutdown_timeout_s)
             child.kill()
             ended.wait()
         self._signals.child = None
@@ -288,7 +403,7 @@ class Daemon:
         if not path.exists():
             return Outcome(path, None, "there is no such file")
         seen: object = None
-        patience_ends = time.monotonic() + self._options.shutdown_timeout_s
+        patience_ends = time.monotonic() + self._shutdown_timeout_s
         while True:
             try:
                 return Outcome(path, self._replicator.sync(path, SLICE_S))
@@ -297,7 +412,7 @@ class Daemon:
                 progress = status and (status.captured, status.durable, status.waiting_bytes)
                 stuck = status is None or status.protection is Protection.NOT_PROTECTED
                 if progress != seen or not stuck:
-                    seen, patience_ends = progress, time.monotonic() + self._options.shutdown_timeout_s
+                    seen, patience_ends = progress, time.monotonic() + self._shutdown_timeout_s
                 if time.monotonic() > patience_ends or self._signals.wanted.is_set():
                     return Outcome(path, None, str(error))
             except ReplicatorError as error:
@@ -306,7 +421,7 @@ class Daemon:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _last_sync(self) -> list[Outcome]:
-        deadline = time.monotonic() + self._options.shutdown_timeout_s
+        deadline = time.monotonic() + self._shutdown_timeout_s
         paths = [status.path for status in self._replicator.status() if status.path.exists()]
         if not paths:
             return []
@@ -331,6 +446,11 @@ class Daemon:
         return _say(outcomes + [Outcome(path, None, reason) for path, reason in late.items() if path not in known])
 
 
+def _prepare(entry: DatabaseConfig, store: ObjectStore) -> None:
+    if entry.restore_if_missing:
+        restore_if_missing(entry, store)
+
+
 def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
     """Restore a database that is not there, from a replica that is, ours or Litestream's. Raises RestoreError, StoreError."""
     if entry.path.exists():
@@ -351,6 +471,10 @@ def restore_if_missing(entry: DatabaseConfig, store: ObjectStore) -> None:
     timeline = Replica(store).timelines()[report.position.timeline]
     mark_restored(entry.state or default_state(entry.path), report, timeline)
     log.info("%s was not there; restored to %s, %s", entry.path, report.position, format_time(report.reached_ms))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def end_process(code: int) -> None:

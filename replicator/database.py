@@ -137,12 +137,12 @@ def is_as_left(path: Path, within: Path | None, identity: Identified, stamp: Fil
             stamp.ctime_ns,
         ):
             return False
-        return not _size_of_wal(path)
+        return not size_of_wal(path)
     except (DatabaseError, OSError):
         return False
 
 
-def _size_of_wal(path: Path) -> int | None:
+def size_of_wal(path: Path) -> int | None:
     """None when there is none."""
     try:
         return Path(f"{path}-wal").stat().st_size
@@ -186,7 +186,7 @@ class LiveDatabase:
         self._register()
         try:
             self._check_magic()
-            with _translated(path):
+            with translated(path):
                 self._connections = [self._connect(), self._connect()]
                 self._holder, self._spare = self._connections
                 mode = str(self._holder.execute("PRAGMA journal_mode").get)
@@ -198,12 +198,12 @@ class LiveDatabase:
             self.close()
             raise
 
-    def close(self) -> None:
+    def close(self, *, checkpoint: bool = True) -> None:
         """Ends everything. SQLite itself checkpoints, as the last connection of a database does, and deletes the WAL by its name.
 
-        So not when somebody has put another WAL there, which is an application's.
+        So not when somebody has put another WAL there, which is an application's. checkpoint: False to leave file and WAL as they are.
         """
-        if not self.wal_is_ours() and Path(f"{self.path}-wal").exists():
+        if not checkpoint or (not self.wal_is_ours() and Path(f"{self.path}-wal").exists()):
             for connection in self._connections:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         for connection in self._connections:
@@ -233,7 +233,7 @@ class LiveDatabase:
 
     def acquire(self) -> None:
         """Begin the first read transaction. From here on the WAL holds still, or, without a WAL, nobody commits. Raises DatabaseBusy."""
-        with _translated(self.path):
+        with translated(self.path):
             _begin_read(self._holder)
             self.page_size = int(
                 self._holder.execute("PRAGMA page_size").get
@@ -243,7 +243,7 @@ class LiveDatabase:
 
     def release(self) -> None:
         """End the read transaction; what happens to the WAL from here on is not known."""
-        with _translated(self.path):
+        with translated(self.path):
             _end(self._holder)
 
     def pass_lock(self) -> None:
@@ -251,7 +251,7 @@ class LiveDatabase:
 
         Only when the WAL was read to its end since the last ``acquire`` or ``pass_lock``; see the head of this file.
         """
-        with _translated(self.path):
+        with translated(self.path):
             _begin_read(self._spare)
             _end(self._holder)
         self._holder, self._spare = self._spare, self._holder
@@ -267,13 +267,13 @@ class LiveDatabase:
         self.pass_lock()
         _until_short(drain)
         # When an application is at it, it does the bulk; in mode FULL it may have waited for the lock that was just passed on.
-        with suppress(DatabaseBusy), _translated(self.path):
+        with suppress(DatabaseBusy), translated(self.path):
             self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         failpoints.reach("before-checkpoint")
         with self._barrier() as since:
             drain()
             self.pass_lock()
-            with _translated(self.path):
+            with translated(self.path):
                 frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             failpoints.reach("under-barrier")
             self.pass_lock()
@@ -290,7 +290,7 @@ class LiveDatabase:
         """
         self._spare.set_busy_timeout(0)  # while it waits for readers, no commit can happen
         try:
-            with _translated(self.path):
+            with translated(self.path):
                 self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except DatabaseBusy:
             return False
@@ -316,7 +316,7 @@ class LiveDatabase:
 
     @contextmanager
     def _barrier(self) -> Iterator[float]:
-        with _translated(self.path):
+        with translated(self.path):
             if len(self._connections) == 2:
                 self._connections.append(self._connect())
             barrier = self._connections[2]
@@ -349,7 +349,7 @@ class LiveDatabase:
 
     def has_wal(self) -> bool:
         """Whether there is a WAL at its path; after a ``close``, if somebody else has the database open."""
-        return _size_of_wal(self.path) is not None
+        return size_of_wal(self.path) is not None
 
     def wal_is_ours(self) -> bool:
         """Whether the path of the WAL still names the file that is open here; SQLite never replaces it while a connection is open."""
@@ -370,7 +370,7 @@ class LiveDatabase:
         """(committed frames, those of them that are in the database file already) of this generation of the WAL; (0, 0) without one."""
         if self.journal is Journal.ROLLBACK:
             return 0, 0
-        with _translated(self.path):
+        with translated(self.path):
             frames, backfilled = self._spare.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         return max(0, frames), max(0, backfilled)
 
@@ -380,12 +380,12 @@ class LiveDatabase:
 
     def in_wal_mode(self) -> bool:
         """Asked again, since an application can switch while no read lock is held."""
-        with _translated(self.path):
+        with translated(self.path):
             return str(self._holder.execute("PRAGMA journal_mode").get) == "wal"
 
     def committed_page_count(self) -> int:
         """The size of the database in pages, as the read transaction sees it."""
-        with _translated(self.path):
+        with translated(self.path):
             return int(self._holder.execute("PRAGMA page_count").get)
 
     def read_pages(self, first_page_no: int, count: int) -> bytes:
@@ -404,7 +404,7 @@ class LiveDatabase:
 
     def _read_file(self, offset: int, length: int) -> bytes:
         """Bytes of the database file; zeros beyond its end."""
-        with _translated(self.path):
+        with translated(self.path):
             _, data = self._holder.read("main", 0, offset, length)
         return bytes(data)
 
@@ -574,7 +574,7 @@ def _read(descriptor: int, offset: int, length: int, path: Path) -> bytes:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def translated(path: Path) -> Iterator[None]:
     """apsw's exceptions as ours."""
     try:
         yield

@@ -23,7 +23,7 @@ from replicator.errors import ChainBroken, FormatError, ObjectMissing, UsageErro
 from replicator.pagehash import lock_page
 from replicator.past import Past, Value, explained
 from replicator.past_pages import PastPages
-from replicator.restore import RestorePlan, check_link
+from replicator.restore_plan import RestorePlan, check_link
 from replicator.segment import SegmentReader
 
 log = logging.getLogger(__name__)

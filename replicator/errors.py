@@ -116,6 +116,10 @@ class StateMismatch(RestoreError):
     """The pages put together do not have the state checksum that was recorded; the result was thrown away."""
 
 
+class NoRoom(RestoreError):
+    """The file system of the target has not enough room for the database; what was downloaded before stays."""
+
+
 class TargetExists(RestoreError):
     """There is a file at the target already."""
 

@@ -20,6 +20,15 @@ NAMES = (
     "under-barrier",
     "after-checkpoint",
 )
+FOLLOW_NAMES = (
+    "before-followed-restore",
+    "after-followed-restore",
+    "before-followed-frames",
+    "before-followed-commit",
+    "before-followed-index",
+    "after-followed-index",
+)
+"""Those of a copy that follows, which no replicator comes past."""
 UPKEEP_NAMES = (
     "before-merge-upload",
     "after-merge-upload",
@@ -36,7 +45,7 @@ _left = int(_count or 1)
 def reach(name: str) -> None:
     """Die here, if this is the point that the environment names."""
     global _left
-    assert name in NAMES or name in UPKEEP_NAMES, name
+    assert name in (*NAMES, *FOLLOW_NAMES, *UPKEEP_NAMES), name
     if name != _name:
         return
     _left -= 1

@@ -1,10 +1,52 @@
-"""When a segment may leave: a token bucket, so that requests are spent where they help. Pure but for the clock that it is given."""
+"""When a segment may leave: token buckets, so that requests are spent where they help. Pure but for the clock that it is given."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 BURST_STEP_S = 0.05
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many segments may leave: per_hour on average, burst at once after a pause."""
+
+    per_hour: int
+    burst: int = 100
+
+
+class Budget:
+    """An allowance that several databases share. Any thread may use it.
+
+    Who may not wait (a barrier, the end) takes from it all the same; the others wait for that the longer.
+    """
+
+    def __init__(self, allowance: Allowance, monotonic: Callable[[], float]) -> None:
+        self._per_s = allowance.per_hour / HOUR_S
+        self._burst = allowance.burst
+        self._monotonic = monotonic
+        self._guard = threading.Lock()
+        self._tokens = float(allowance.burst)
+        self._at = monotonic()
+
+    def wait_s(self) -> float:
+        """Seconds until there may be one to take."""
+        with self._guard:
+            self._refill()
+            return max(0.0, (1 - self._tokens) / self._per_s)
+
+    def spend(self) -> None:
+        with self._guard:
+            self._refill()
+            self._tokens = max(self._tokens - 1, -float(self._burst))
+
+    def _refill(self) -> None:
+        now = self._monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
+        self._at = now
 
 
 class Pace:

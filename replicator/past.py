@@ -17,7 +17,7 @@ import apsw
 
 from replicator.errors import PastIsReadOnly, QueryFailed
 from replicator.past_pages import CACHE_BYTES, Fetched, PastPages
-from replicator.restore import RestoreOptions
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.values import Position
 

@@ -21,7 +21,7 @@ from replicator.errors import ChainBroken, ReplicatorError, StateMismatch, Usage
 from replicator.layout import SegmentRef
 from replicator.pagehash import lock_page
 from replicator.replica import Replica, open_segment
-from replicator.restore import (
+from replicator.restore_plan import (
     RestoreOptions,
     RestorePlan,
     Unusable,

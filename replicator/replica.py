@@ -192,6 +192,20 @@ class Replica:
         for ref in [ref for ref in self._headers if ref in gone]:
             del self._headers[ref]
 
+    def moment_after(self, position: Position, timeline: int | None = None) -> int | None:
+        """Time of the first commit after the position that can be restored, on the newest timeline or the one named.
+
+        UTC milliseconds since 1970; None when there is none. Raises StoreError, FormatError, RestoreError.
+        """
+        timelines, segments = self.timelines(), self.segments()
+        if timeline is None:
+            timeline = chain.newest(timelines, segments).timeline
+        for part in reversed(chain.stops(timelines, segments, timeline)):
+            for ref in part:
+                if ref.last > position.txid:
+                    return self.header(ref).last_commit_ms
+        return None
+
     def find_position(
         self,
         timelines: Mapping[int, Timeline],

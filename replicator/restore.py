@@ -1,103 +1,58 @@
 """Restore: a position of a replica becomes a new database file, verified, or nothing becomes of it.
 
-Owns the file until it has its name. It never overwrites a file, and never leaves one that was not verified to the last
-page.
+Owns the fetching of pages and the proof of the finished file. Which segments are taken is planned elsewhere, and the file has its name
+from elsewhere; nothing is given one that was not verified to the last page.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
 from urllib.parse import quote
 
 import apsw
 import numpy as np
 from numpy.typing import NDArray
 
-from replicator import chain
-from replicator.durable import fsync_dir
-from replicator.errors import (
-    ChainBroken,
-    FormatError,
-    IntegrityCheckFailed,
-    NothingToRestore,
-    ObjectMissing,
-    ReplicatorError,
-    RestoreError,
-    SegmentDamaged,
-    StateMismatch,
-    TargetExists,
-    UsageError,
-)
+from replicator.errors import IntegrityCheckFailed, ReplicatorError, StateMismatch
 from replicator.layout import SegmentRef
-from replicator.pagehash import StateHashes, hash_pages
+from replicator.new_database import NewDatabase, check_space, check_target, kept_database, new_database
+from replicator.pagehash import StateHashes, hash_pages, page_hash
+from replicator.partial import Partial
 from replicator.replica import Replica, open_segment
+from replicator.restore_plan import (
+    NEWEST,
+    IntegrityCheck,
+    RestoreOptions,
+    RestorePlan,
+    blaming,
+    check_link,
+    check_options,
+    with_fallback,
+)
 from replicator.segment import Group, ReadAt, SegmentReader
 from replicator.store import ObjectStore
-from replicator.values import Position, Timeline
+from replicator.values import Position
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all), of the segments as they are stored. Called from the thread that restores."""
 
-IntegrityCheck = Literal["none", "quick", "full"]
 PRAGMAS = {"quick": "quick_check", "full": "integrity_check"}
-
-_T = TypeVar("_T")
 
 _WHOLE_BYTES = 1 << 20  # a segment up to this size is fetched by one request
 _FETCH_BYTES = 2 << 20  # of a larger one, neighbouring groups up to this size are
 _READ_BACK_BYTES = 4 << 20
-_MOST_LISTED_AGAIN = 3
-_SIDE_FILES = ("", "-wal", "-journal", "-shm")
-
-
-@dataclass(frozen=True)
-class RestoreOptions:
-    """What to restore, and how. At most one of position, txid and at_ms; with none of them, the newest position.
-
-    txid, at_ms: on ``timeline`` or its ancestors before it left them; on the newest timeline if none is named. at_ms:
-    UTC milliseconds since 1970, the last commit at or before it. parallelism: downloads at once. mode: of the restored
-    file; 0600 if none is given, since a database may hold secrets.
-    """
-
-    position: Position | None = None
-    txid: int | None = None
-    timeline: int | None = None
-    at_ms: int | None = None
-    parallelism: int = 8
-    integrity_check: IntegrityCheck = "quick"
-    mode: int | None = None
-
-
-@dataclass(frozen=True)
-class RestorePlan:
-    """What a restore would do. reached_ms: time of the last commit in it. segments: in the order of their txids.
-
-    download_bytes: of the segments, an upper bound of what is fetched. size_bytes, state_checksum: of the database that
-    they give.
-    """
-
-    position: Position
-    reached_ms: int
-    segments: tuple[SegmentRef, ...]
-    download_bytes: int
-    page_size: int
-    page_count: int
-    size_bytes: int
-    state_checksum: int
 
 
 @dataclass(frozen=True)
@@ -128,218 +83,119 @@ def plan_restore(store: ObjectStore, options: RestoreOptions) -> RestorePlan:
 def restore(
     store: ObjectStore,
     target: Path,
-    options: RestoreOptions = RestoreOptions(),
+    options: RestoreOptions = NEWEST,
     *,
     on_progress: OnProgress | None = None,
+    before_publish: Callable[[int, RestoreReport], None] = lambda fd, report: None,
+    unusable: dict[str, ReplicatorError] | None = None,
 ) -> RestoreReport:
     """Write the state at a position of the replica in ``store`` to the new file ``target``, durably.
 
     It is equal, page for page, to what was committed at the source: chain, checksums of the segments and the state
     checksum of the finished file are verified before the file gets its name. Otherwise nothing is left at the target.
-    A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position.
+    A segment that is damaged, or vanishes meanwhile, is passed over with a warning when others lead to the position; what
+    was downloaded before is not downloaded again.
+    before_publish: called with the descriptor of the finished file before it gets its name. unusable: as for ``with_fallback``.
     Raises TargetExists before anything is downloaded, RestoreError and its other subclasses, FormatError, StoreError.
     """
     started = time.monotonic()
     check_options(options)
     check_target(target)
-    _mention_leftovers(target)
     replica = Replica(store)
+    with _file_for(target, options) as file:
+
+        def attempt(plan: RestorePlan) -> RestoreReport:
+            return _fill(replica, plan, file, options, started, on_progress or (lambda done, total: None))
+
+        report = with_fallback(replica, options, attempt, unusable)
+        before_publish(file.fd, report)
+    return report
+
+
+def restore_nowhere(
+    store: ObjectStore, options: RestoreOptions, *, unusable: dict[str, ReplicatorError] | None = None
+) -> RestoreReport:
+    """Fetch and verify what ``restore`` would, without a file: every page counts in the state checksum, and is let go.
+
+    SQLite's own check is left out. Raises what ``restore`` raises of the replica.
+    """
+    started = time.monotonic()
+    check_options(options)
+    replica = Replica(store)
+    fd = os.memfd_create("replicator", os.MFD_CLOEXEC)  # stays as empty as it is; only its size changes
+    file = NewDatabase(fd, Path(f"/proc/self/fd/{fd}"), Partial(fd))
+    tally = _Tally()
 
     def attempt(plan: RestorePlan) -> RestoreReport:
-        return _write_new_file(replica, plan, target, options, started, on_progress or (lambda done, total: None))
+        file.partial.prepare(plan.database, plan.page_size, plan.page_count)
+        tally.hashes.resize(plan.page_count)
+        assembly = _Assembly(store, plan, file, options.parallelism, lambda done, total: None, tally.take)
+        assembly.run()
+        _check_state(plan, tally.hashes)
+        return _report(plan, tally.hashes, assembly, started)
 
-    return with_fallback(replica, options, attempt)
-
-
-# -- which segments ----------------------------------------------------------------------------------------------------
-
-
-class Unusable(Exception):
-    """A segment cannot be used; another plan may do without it. Raised in ``blaming``, handled by ``with_fallback``."""
-
-    def __init__(self, ref: SegmentRef, error: ReplicatorError) -> None:
-        super().__init__(str(error))
-        self.ref = ref
-        self.error = error
-
-
-@contextmanager
-def blaming(ref: SegmentRef) -> Iterator[None]:
-    """What goes wrong inside is a fault of this segment."""
     try:
-        yield
-    except (FormatError, ObjectMissing, ChainBroken) as error:
-        raise Unusable(ref, error) from error
+        return with_fallback(replica, options, attempt, unusable)
+    finally:
+        os.close(fd)
 
 
-def with_fallback(
-    replica: Replica,
-    options: RestoreOptions,
-    act: Callable[[RestorePlan], _T],
-    unusable: dict[str, ReplicatorError] | None = None,
-) -> _T:
-    """``act`` on the plan, and when a segment in it proves unusable, on one without that segment.
+class _Tally:
+    """Hashes of pages that come in any order, from several threads."""
 
-    The target stays what was asked for: a segment that cannot be used never makes it an earlier one. An object that
-    was listed and is gone (compaction and retention do that) is reason to list again, a few times. unusable: keys of
-    segments that are not to be used and why; those that are found are added.
-    """
-    unusable = {} if unusable is None else unusable
-    listed_again = 0
-    while True:
-        try:
-            return act(_resolve(replica, options, unusable))
-        except Unusable as failed:
-            if isinstance(failed.error, ObjectMissing):
-                if listed_again == _MOST_LISTED_AGAIN:
-                    raise failed.error from None
-                listed_again += 1
-            unusable[failed.ref.key] = failed.error
-            log.warning("looking for a way around a segment: %s", failed.error)
-        except ObjectMissing as error:
-            if listed_again == _MOST_LISTED_AGAIN:
-                raise
-            listed_again += 1
-            log.warning("the replica changed meanwhile, it is listed again: %s", error)
-        except (ChainBroken, NothingToRestore) as broken:
-            if not unusable:
-                raise
-            first = next(iter(unusable.values()))
-            raise type(first)(f"{first}; without it, {broken}") from first
+    def __init__(self) -> None:
+        self.hashes = StateHashes()
+        self._guard = threading.Lock()
 
-
-def _resolve(replica: Replica, options: RestoreOptions, unusable: dict[str, ReplicatorError]) -> RestorePlan:
-    timelines, segments = replica.timelines(), replica.segments()
-    target = _target(replica, timelines, segments, options)
-    found = chain.plan(timelines, [ref for ref in segments if ref.key not in unusable], target)
-    last = found.segments[-1]
-    with blaming(last):
-        header = replica.header(last)
-        record = timelines.get(last.timeline)
-        if record is not None and record.database != header.database:
-            raise SegmentDamaged(f"{last.key} is damaged: it belongs to another database; it was copied to this place")
-    return RestorePlan(
-        position=Position(last.timeline, last.last),
-        reached_ms=header.last_commit_ms,
-        segments=found.segments,
-        download_bytes=found.size_bytes,
-        page_size=header.page_size,
-        page_count=header.page_count,
-        size_bytes=header.page_size * header.page_count,
-        state_checksum=header.state_after,
-    )
-
-
-def _target(
-    replica: Replica, timelines: dict[int, Timeline], segments: list[SegmentRef], options: RestoreOptions
-) -> Position:
-    if options.position is not None:
-        return options.position
-    if options.at_ms is not None:
-        return replica.find_position(timelines, segments, options.at_ms, options.timeline)[0]
-    if options.txid is not None:
-        timeline = options.timeline
-        return Position(chain.newest(timelines, segments).timeline if timeline is None else timeline, options.txid)
-    newest = chain.newest(timelines, segments, options.timeline)
-    stranded = sum(ref.timeline >= newest.timeline and ref.last > newest.txid for ref in segments)
-    if stranded:
-        log.warning("%d segments after %s do not follow from it and are left out; see the history", stranded, newest)
-    return newest
-
-
-def check_options(options: RestoreOptions) -> None:
-    if sum(wish is not None for wish in (options.position, options.txid, options.at_ms)) > 1:
-        raise UsageError("a restore has one target; give a position, a txid or a time, not several of them")
-    if options.position is not None and options.timeline is not None:
-        raise UsageError("a position names its timeline; leave out the timeline")
-    if options.parallelism < 1:
-        raise UsageError(f"parallelism is {options.parallelism}; it must be 1 or more")
+    def take(self, pages: list[tuple[int, memoryview]]) -> None:
+        found = np.fromiter((page_hash(page_no, data) for page_no, data in pages), np.uint64, len(pages))
+        page_nos = np.fromiter((page_no for page_no, _ in pages), np.uint32, len(pages))
+        with self._guard:
+            self.hashes.set_many(page_nos, found)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def check_target(target: Path) -> None:
-    """Raises TargetExists when something is there or beside it, RestoreError when its folder is not there.
-
-    Mentions what other restores to it have left behind.
-    """
-    _check_free(target)
-    _mention_leftovers(target)
-
-
-def _check_free(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise RestoreError(f"the directory {target.parent} does not exist; create it first")
-    for suffix in _SIDE_FILES:
-        there = target.with_name(target.name + suffix)
-        if os.path.lexists(there):
-            raise TargetExists(f"{there} exists; move it away, or restore to another path")
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name[:200]}.restoring-"
-
-
-def _mention_leftovers(target: Path) -> None:
-    prefix = _temporary_prefix(target)
-    left = sorted(path.name for path in target.parent.iterdir() if path.name.startswith(prefix))
-    if left:
-        log.warning(
-            "files of other restores that run or were killed are in %s: %s; remove those that no process writes",
-            target.parent,
-            ", ".join(left),
-        )
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    found = os.statvfs(folder)
-    available_bytes = found.f_bavail * found.f_frsize
-    if needed_bytes > available_bytes:
-        raise RestoreError(
-            f"the restored database needs {needed_bytes} bytes, {folder} has {available_bytes} bytes available; "
-            "make room, or restore to another file system"
-        )
-
-
 @contextmanager
-def new_database(target: Path, mode: int | None) -> Iterator[tuple[int, Path]]:
-    """Descriptor and path of an empty file that is given the name ``target``, durably, when the block ends without an error.
-
-    Otherwise nothing is left of it. Raises TargetExists, and RestoreError for any OSError.
-    """
-    temporary = target.with_name(_temporary_prefix(target) + secrets.token_hex(8))
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            yield fd, temporary
-            os.fchmod(fd, 0o600 if mode is None else mode)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _publish(temporary, target)
-    except OSError as error:
-        raise RestoreError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+def _file_for(target: Path, options: RestoreOptions) -> Iterator[NewDatabase]:
+    if options.resume:
+        with kept_database(target, options.mode, options.owner) as file:
+            yield file
+    else:
+        with new_database(target, options.mode, options.owner) as (fd, path):
+            yield NewDatabase(fd, path, Partial(fd))
 
 
-def _write_new_file(
+def _fill(
     replica: Replica,
     plan: RestorePlan,
-    target: Path,
+    file: NewDatabase,
     options: RestoreOptions,
     started: float,
     on_progress: OnProgress,
 ) -> RestoreReport:
-    check_space(target.parent, plan.size_bytes)
-    with new_database(target, options.mode) as (fd, temporary):
-        os.ftruncate(fd, plan.size_bytes)
-        assembly = _Assembly(replica.store, plan, fd, options.parallelism, on_progress)
-        assembly.run()
-        hashes = _read_back(fd, plan, options.parallelism)
-        _check_integrity(temporary, plan, options.integrity_check)
+    check_space(file.path.parent, plan.size_bytes, os.fstat(file.fd).st_blocks * 512)
+    file.partial.prepare(plan.database, plan.page_size, plan.page_count)
+    assembly = _Assembly(replica.store, plan, file, options.parallelism, on_progress)
+    assembly.run()
+    try:
+        hashes = _read_back(file.fd, plan, options.parallelism)
+    except StateMismatch as mismatch:
+        if not file.partial.is_inherited:
+            raise
+        log.warning(
+            "what an interrupted restore left in %s is not as it was written, and is downloaded anew: %s",
+            file.path,
+            mismatch,
+        )
+        file.partial.forget()
+        return _fill(replica, plan, file, options, started, on_progress)
+    _check_integrity(file.path, plan, options.integrity_check)
+    return _report(plan, hashes, assembly, started)
+
+
+def _report(plan: RestorePlan, hashes: StateHashes, assembly: _Assembly, started: float) -> RestoreReport:
     return RestoreReport(
         position=plan.position,
         reached_ms=plan.reached_ms,
@@ -370,12 +226,16 @@ def _read_back(fd: int, plan: RestorePlan, parallelism: int) -> StateHashes:
     with ThreadPoolExecutor(parallelism, "read-back") as pool:
         for first_page_no, found in pool.map(hash_at, range(0, size_bytes, _READ_BACK_BYTES)):
             hashes.set_range(first_page_no, found)
+    _check_state(plan, hashes)
+    return hashes
+
+
+def _check_state(plan: RestorePlan, hashes: StateHashes) -> None:
     if hashes.checksum != plan.state_checksum:
         raise StateMismatch(
             f"the pages of {plan.position} have the state checksum {hashes.checksum:016x}, the source had "
             f"{plan.state_checksum:016x}; the result was thrown away, restore another position"
         )
-    return hashes
 
 
 def _check_integrity(path: Path, plan: RestorePlan, check: IntegrityCheck) -> None:
@@ -414,33 +274,6 @@ def integrity_complaints(path: Path, check: IntegrityCheck, what: str) -> list[s
     return [] if complaints == ["ok"] else complaints
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Give the file its name, durably, unless something took the name meanwhile."""
-    _check_free(target)
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
-    except OSError:
-        _publish_without_links(temporary, target)
-    else:
-        temporary.unlink()
-    fsync_dir(target.parent)
-
-
-def _publish_without_links(temporary: Path, target: Path) -> None:
-    """For file systems that have no hard links: reserve the name, then rename over it."""
-    try:
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise TargetExists(f"{target} was created by somebody else during the restore; it was left as it is") from None
-    try:
-        temporary.replace(target)
-    except OSError:
-        target.unlink()
-        raise
-
-
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +298,7 @@ def _slice(whole: bytes, offset: int, length: int) -> bytes:
 
 
 class _Assembly:
-    """Puts the pages of a plan into a file of the right size, whose bytes are 0.
+    """Puts the pages of a plan into a file of the right size, in which those that no segment has are 0.
 
     The segments are taken from the newest to the oldest, and each page from the first that has it, so nothing is
     written twice and superseded groups are not fetched. The calling thread decides who writes which page; the threads of
@@ -474,12 +307,21 @@ class _Assembly:
     """
 
     def __init__(
-        self, store: ObjectStore, plan: RestorePlan, fd: int, parallelism: int, on_progress: OnProgress
+        self,
+        store: ObjectStore,
+        plan: RestorePlan,
+        file: NewDatabase,
+        parallelism: int,
+        on_progress: OnProgress,
+        take: Callable[[list[tuple[int, memoryview]]], None] | None = None,
     ) -> None:
+        """take: gets the pages in place of the file; from several threads."""
         self.downloaded_bytes = 0
+        self._take_pages = take or self._write
         self._store = store
         self._plan = plan
-        self._fd = fd
+        self._fd = file.fd
+        self._partial = file.partial
         self._parallelism = parallelism
         self._on_progress = on_progress
         self._taken = np.zeros(plan.page_count + 1, dtype=np.bool_)
@@ -518,7 +360,7 @@ class _Assembly:
     def _open(self, ref: SegmentRef) -> _Opened:
         with blaming(ref):
             size_bytes = ref.size_bytes or self._store.head(ref.key).size_bytes
-            if size_bytes > _WHOLE_BYTES:
+            if size_bytes > _WHOLE_BYTES or self._partial.has_of(ref):
                 read_at = partial(self._get, ref)
             else:
                 whole = self._get(ref, 0, size_bytes)
@@ -544,7 +386,8 @@ class _Assembly:
         parts: list[tuple[Group, frozenset[int] | None]] = []
         length = 0
         for group in opened.reader.groups:
-            pages, complete = self._take(group.page_nos)
+            pages = self._partial.missing(opened.ref, self._take(group.page_nos))
+            complete = len(pages) == len(group.page_nos)
             if parts and (not len(pages) or length + group.length > _FETCH_BYTES):
                 yield _Fetch(opened, tuple(parts), length)
                 parts, length = [], 0
@@ -554,12 +397,12 @@ class _Assembly:
         if parts:
             yield _Fetch(opened, tuple(parts), length)
 
-    def _take(self, page_nos: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], bool]:
-        """Those pages that no newer segment has, which are this segment's now, and whether that is all of them."""
+    def _take(self, page_nos: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Those pages that no newer segment has, which are this segment's now."""
         pages = page_nos[page_nos <= self._limit]
         pages = pages[~self._taken[pages]]
         self._taken[pages] = True
-        return pages, len(pages) == len(page_nos)
+        return pages
 
     def _apply(self, fetch: _Fetch) -> int:
         with blaming(fetch.opened.ref):
@@ -568,7 +411,9 @@ class _Assembly:
             for group, wanted in fetch.parts:
                 at = group.offset - start
                 pages = fetch.opened.reader.decode_group(group, data[at : at + group.length])
-                self._write([page for page in pages if wanted is None or page[0] in wanted])
+                pages = [page for page in pages if wanted is None or page[0] in wanted]
+                self._take_pages(pages)
+                self._partial.wrote(fetch.opened.ref, np.fromiter((page[0] for page in pages), np.uint32, len(pages)))
         return fetch.length
 
     def _write(self, pages: list[tuple[int, memoryview]]) -> None:
@@ -589,19 +434,3 @@ class _Assembly:
     def _progress(self, more_bytes: int) -> None:
         self._done_bytes += more_bytes
         self._on_progress(self._done_bytes, self._plan.download_bytes)
-
-
-def check_link(reader: SegmentReader, newer: SegmentReader | None) -> None:
-    """Raises ChainBroken unless the newer segment follows from this one. Source: docs/format.md, section 4."""
-    if newer is None:
-        return
-    header, after = reader.header, newer.header
-    if header.database != after.database or header.page_size != after.page_size:
-        raise ChainBroken(f"{newer.name} does not follow from {reader.name}: another database or page size")
-    # A segment that begins inside the range of the one before says nothing about the state in between.
-    adjoining = after.first == header.last + 1
-    if adjoining and (header.state_after, header.page_count) != (after.state_before, after.pages_before):
-        raise ChainBroken(
-            f"{newer.name} does not follow from {reader.name}: it was made for {after.pages_before} pages with state "
-            f"{after.state_before:016x}, not {header.page_count} pages with state {header.state_after:016x}"
-        )

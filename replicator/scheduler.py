@@ -113,6 +113,13 @@ class Scheduler(Generic[W]):
             self._next_due.pop(worker, None)
             return self._turn.wait_for(lambda: worker not in self._running, timeout_s)
 
+    def is_alive(self, within_s: float) -> bool:
+        """Whether the thread runs that has workers called, and nothing holds it up."""
+        if not self._turn.acquire(timeout=within_s):
+            return False
+        self._turn.release()
+        return self._thread.is_alive()
+
     def stop(self, timeout_s: float) -> bool:
         """False when a step did not end in time; its thread ends with the process."""
         with self._turn:

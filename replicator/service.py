@@ -19,6 +19,7 @@ from pathlib import Path
 from replicator import catalogue
 from replicator.descriptors import shortage
 from replicator.discovery import Finder, Found, is_linked
+from replicator.drill import Drill
 from replicator.errors import (
     DatabaseError,
     DatabaseMissing,
@@ -29,6 +30,7 @@ from replicator.errors import (
     StoreError,
     SyncTimeout,
 )
+from replicator.pace import Budget
 from replicator.scheduler import Crew, Scheduler
 from replicator.spool import holds_segments
 from replicator.store import ObjectStore
@@ -66,13 +68,17 @@ class NotDurable:
 
 @dataclass
 class _Watched:
-    """A folder under replication. state: None for beside each database. checked: that its entries are as ours will be."""
+    """A folder under replication. state: None for beside each database. budget: of all its databases.
+
+    checked: that its entries are as ours will be.
+    """
 
     folder: Folder
     store: ObjectStore
     state: Path | None
     settings: WorkerSettings
     finder: Finder
+    budget: Budget | None
     checked: bool = False
 
 
@@ -130,6 +136,7 @@ class Replicator:
         self._look_guard = threading.Lock()
         self._to_look_at: set[Path] = set()
         self._renewal = threading.Lock()
+        self._drill = Drill(self._tried, now_ms=now_ms)
 
     def start(self) -> None:
         self._watch.start()
@@ -157,7 +164,8 @@ class Replicator:
         with self._guard:
             if folder.path in self._folders:
                 return
-            watched = _Watched(folder, store, state, settings or WorkerSettings(), Finder(folder))
+            settings = settings or WorkerSettings()
+            watched = _Watched(folder, store, state, settings, Finder(folder), _budget(settings))
             self._watch.add_folder(folder)
             self._folders[folder.path] = watched
         self._discover(watched, folder.path)
@@ -219,6 +227,7 @@ class Replicator:
                 now_ms=self._now_ms,
                 register=register,
                 within=found_in.folder.path if found_in else None,
+                budget=found_in.budget if found_in else _budget(settings),
             )
             try:
                 if found_in is None:
@@ -229,10 +238,19 @@ class Replicator:
             self._databases[path] = _Replicated(worker, found_in)
         self._scheduler.wake(worker)
         self._upkeeps.wake(worker.upkeep, settings.upkeep.survey_s)
+        if settings.trial_every_s > 0:
+            self._drill.start()
         return True
 
     def _is_watched(self, folder: _Watched | None) -> bool:
         return folder is None or self._folders.get(folder.folder.path) is folder
+
+    def is_alive(self, within_s: float = CLOSE_S) -> bool:
+        """Whether its threads run, and none holds the others up. For a watchdog."""
+        if not self._guard.acquire(timeout=within_s):
+            return False
+        self._guard.release()
+        return self._sweeper.is_alive() and self._scheduler.is_alive(within_s)
 
     # -- how it is -----------------------------------------------------------------------------------------------------
 
@@ -240,13 +258,17 @@ class Replicator:
         """Of every database, of what looks like one and cannot be replicated, and of folders that are not watched."""
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
-            refused = [_refusal(path, why) for path, why in self._refused.items() if path not in self._databases]
+            refused = [
+                unprotected(path, why.url, why.reason)
+                for path, why in self._refused.items()
+                if path not in self._databases
+            ]
             folders = list(self._folders.values())
         seen = [self._as_watched(worker.status(), worker.path.parent) for worker in workers]
         for watched in folders:
             why = self._watch.unwatched(watched.folder.path)
             if why and not any(status.path.is_relative_to(watched.folder.path) for status in [*seen, *refused]):
-                refused.append(_refusal(watched.folder.path, _Refused(watched.folder.path, watched.store.url, why)))
+                refused.append(unprotected(watched.folder.path, watched.store.url, why))
         return sorted([*seen, *refused], key=lambda status: status.path)
 
     def _as_watched(self, status: DatabaseStatus, folder: Path) -> DatabaseStatus:
@@ -303,6 +325,7 @@ class Replicator:
         self._stopping.set()
         self._look.set()
         self._watch.stop()
+        self._drill.stop(LAST_STEP_S)
         with self._guard:
             workers = [replicated.worker for replicated in self._databases.values()]
         for worker in workers:
@@ -320,6 +343,10 @@ class Replicator:
             self._folders.clear()
             self._refused.clear()
         return late
+
+    def _tried(self) -> list[DatabaseWorker]:
+        with self._guard:
+            return [replicated.worker for replicated in self._databases.values()]
 
     def _close(self, worker: DatabaseWorker, timeout_s: float, *, forget: bool = False) -> None:
         worker.upkeep.stop()
@@ -524,6 +551,10 @@ def _register(watched: _Watched, path: Path) -> None:
     catalogue.register(watched.store, watched.folder.path, path)
 
 
+def _budget(settings: WorkerSettings) -> Budget | None:
+    return Budget(settings.allowance, time.monotonic) if settings.allowance else None
+
+
 def _gone_with_a_tail(watched: _Watched) -> Iterator[Path]:
     """Databases that were in the folder, and of which something waits in a local state that an earlier process left."""
     for path, state in _local_states(watched):
@@ -544,12 +575,13 @@ def _local_states(watched: _Watched) -> Iterator[tuple[Path, Path]]:
                 yield folder.path / catalogue.decode(state.name), state
 
 
-def _refusal(path: Path, why: _Refused) -> DatabaseStatus:
+def unprotected(path: Path, url: str, reason: str) -> DatabaseStatus:
+    """Of what should be replicated and is not."""
     return DatabaseStatus(
         path=path,
-        url=why.url,
+        url=url,
         protection=Protection.NOT_PROTECTED,
-        reason=why.reason,
+        reason=reason,
         lag_s=0.0,
         captured=None,
         durable=None,

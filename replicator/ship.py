@@ -15,6 +15,7 @@ from pathlib import Path
 from replicator import chain, failpoints
 from replicator.envelope import refuse_sealed
 from replicator.errors import (
+    BucketMissing,
     ChainBroken,
     FormatError,
     NothingToRestore,
@@ -22,6 +23,7 @@ from replicator.errors import (
     PreconditionFailed,
     ReplicatorError,
     SealDamaged,
+    StoreDenied,
     StoreError,
 )
 from replicator.layout import SegmentRef, timeline_key
@@ -126,6 +128,12 @@ class Shipper:
             self.diverged = None
             self._proven = timeline.number
             self._proven_at = self._monotonic()
+
+    def distrust(self, reason: str) -> None:
+        """The store does not give what was shipped: this writer must take a new timeline."""
+        with self._guard:
+            if self.diverged is None:
+                self.diverged = Diverged(reason)
 
     @property
     def idle(self) -> bool:
@@ -271,10 +279,11 @@ class Shipper:
             self._not_before = 0.0
 
     def _failed(self, error: StoreError) -> None:
-        """Back off, once for all uploads that fail together."""
+        """Back off, once for all uploads that fail together. What a person must mend is an error in the log, also after an outage."""
         with self._guard:
-            if self.problem is None:
-                log.warning("uploads stand still: %s", error)
+            if type(self.problem) is not type(error):
+                needs_person = isinstance(error, (StoreDenied, BucketMissing))
+                log.log(logging.ERROR if needs_person else logging.WARNING, "uploads stand still: %s", error)
             self.problem = error
             if self._monotonic() >= self._not_before:
                 self._not_before = self._monotonic() + self._retry_s

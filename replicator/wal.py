@@ -124,9 +124,45 @@ def parse_header(data: bytes | memoryview) -> WalHeader:
     if not _MIN_PAGE_SIZE <= page_size <= _MAX_PAGE_SIZE or page_size & (page_size - 1):
         raise _damaged(f"has page size {page_size}, which is not a power of two from 512 to 65536")
     header = WalHeader(magic == _MAGIC_BIG, page_size, sequence, *salts_and_sums)
-    if _header_checksum(bytes(data[:24]), header.big_endian) != (header.checksum1, header.checksum2):
+    if header_checksum(bytes(data[:24]), header.big_endian) != (header.checksum1, header.checksum2):
         raise _damaged("does not have the checksum that it states")
     return header
+
+
+def encode_header(page_size: int, salt1: int, salt2: int, big_endian: bool) -> tuple[bytes, Cursor]:
+    """The first HEADER_SIZE bytes of a new WAL, and the place after them. big_endian: byte order of the checksums."""
+    words = (_MAGIC_BIG if big_endian else _MAGIC_LITTLE, _VERSION, page_size, 0, salt1, salt2)
+    body = struct.pack(">6I", *words)
+    checksum = header_checksum(body, big_endian)
+    return body + struct.pack(">2I", *checksum), Cursor(HEADER_SIZE, page_size, big_endian, salt1, salt2, *checksum)
+
+
+def encode_frames(at: Cursor, pages: Sequence[tuple[int, bytes | memoryview]], page_count: int) -> tuple[bytes, Cursor]:
+    """Frames of these pages (number, content), in this order, and the place after them.
+
+    page_count: size of the database after the last of them, which commits then; 0 when others are to follow.
+    """
+    count = len(pages)
+    frames = np.zeros((count, at.frame_size), np.uint8)
+    headers = np.zeros((count, _HEADER_WORDS), ">u4")
+    headers[:, _PAGE_NO] = [page_no for page_no, _ in pages]
+    headers[-1, _PAGE_COUNT] = page_count
+    headers[:, _SALT1], headers[:, _SALT2] = at.salt1, at.salt2
+    frames[:, :FRAME_HEADER_SIZE] = headers.view(np.uint8).reshape(count, FRAME_HEADER_SIZE)
+    for row, (_, data) in zip(frames, pages, strict=True):
+        row[FRAME_HEADER_SIZE:] = np.frombuffer(data, np.uint8)
+    law = _law(at.page_size)
+    words = frames.view(">u4" if at.big_endian else "<u4").astype(np.uint32, copy=False)
+    (a, b), (c, d) = law.growth.tolist()
+    s0, s1 = at.checksum1, at.checksum2
+    for number, (more0, more1) in enumerate(
+        zip((words @ law.weights1).tolist(), (words @ law.weights2).tolist(), strict=True)
+    ):
+        s0, s1 = (s0 * a + s1 * c + more0) & _MASK, (s0 * b + s1 * d + more1) & _MASK
+        headers[number, _CHECKSUM1:] = s0, s1
+    frames[:, :FRAME_HEADER_SIZE] = headers.view(np.uint8).reshape(count, FRAME_HEADER_SIZE)
+    end = Cursor(at.offset + count * at.frame_size, at.page_size, at.big_endian, at.salt1, at.salt2, s0, s1)
+    return frames.tobytes(), end
 
 
 def last_image(transactions: Sequence[Transaction]) -> tuple[U32, I64]:
@@ -251,7 +287,7 @@ def _damaged(what: str) -> WalHeaderDamaged:
     )
 
 
-def _header_checksum(data: bytes, big_endian: bool) -> tuple[int, int]:
+def header_checksum(data: bytes, big_endian: bool) -> tuple[int, int]:
     words = struct.unpack(f"{'>' if big_endian else '<'}{len(data) // 4}I", data)
     s0 = s1 = 0
     for x0, x1 in zip(words[::2], words[1::2], strict=True):

@@ -58,7 +58,7 @@ COMPANIONS = ("-wal", "-shm", "-journal")
 STATE_SUFFIX = "-replicator"
 """A database's own state folder is ``.<name>-replicator`` beside it, unless it is told otherwise."""
 RESTORING = ".*.restoring-*"
-"""Files of a restore that runs or was killed; see restore.py."""
+"""Files of a restore that runs or was killed; see new_database.py."""
 
 _FILE_EVENTS = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
 _TREE_EVENTS = [*_FILE_EVENTS, DirCreatedEvent, DirMovedEvent, DirDeletedEvent]

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from replicator import origin
-from replicator.capture import Capture, CaptureFigures, CaptureSettings, NeedsTimeline
+from replicator.capture import GROUP_BYTES, Capture, CaptureFigures, CaptureSettings, NeedsTimeline
 from replicator.database import identify
 from replicator.errors import (
     DatabaseBusy,
@@ -25,12 +25,14 @@ from replicator.errors import (
     ReplicatorError,
     SyncTimeout,
 )
-from replicator.pace import Pace
+from replicator.pace import Allowance, Budget, Pace
 from replicator.replica import Replica
 from replicator.scheduler import Crew
 from replicator.ship import PROVE_EVERY_S, Diverged, Shipper, arrived
 from replicator.spool import Spool
 from replicator.store import ObjectStore
+from replicator.store.measure import HOUR_S, MeasuredStore, Meter
+from replicator.trials import TrialRecord, Trials
 from replicator.upkeep import Upkeep, UpkeepSettings
 from replicator.values import Position
 
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 MAX_RETRY_S = 15.0
 CATCHING_UP_AFTER_S = 5.0
+LOOK_S = 2.0
+"""While commits wait in the WAL for longer than this, it is looked at so often how much they are."""
 
 
 class Protection(StrEnum):
@@ -53,9 +57,12 @@ class Protection(StrEnum):
 class DatabaseStatus:
     """How one database is.
 
-    lag_s: age of the oldest commit that is captured but not durable; when there is none, how long the last one took.
+    lag_s: age of the oldest commit that is known and not durable; when there is none, how long the last one took.
+    trial: what the last trial restore showed, None when there was none.
     reason: why it is not protected, '' when it is. durable: everything up to there is in the store. durable_ms: time of its last commit.
     upkeep_problem: why its replica is not compacted and thinned at present, '' when it is.
+    barrier_s: the longest write barrier. checkpoints, checkpoints_s, barriers_s: how many there were, and what they took in all.
+    puts_minute, puts_hour: writes to the store in the last minute and hour. usd_per_month: what as many cost in S3; None for a folder.
     """
 
     path: Path
@@ -74,6 +81,13 @@ class DatabaseStatus:
     checkpoint_blocked: bool
     barrier_s: float
     upkeep_problem: str = ""
+    checkpoints: int = 0
+    checkpoints_s: float = 0.0
+    barriers_s: float = 0.0
+    puts_minute: int = 0
+    puts_hour: int = 0
+    usd_per_month: float | None = None
+    trial: TrialRecord | None = None
 
     @property
     def words(self) -> str:
@@ -85,7 +99,9 @@ class DatabaseStatus:
 @dataclass(frozen=True)
 class WorkerSettings:
     """interval_s: an endless stream of commits ships about once in this time. spool_limit_bytes: beyond it capturing pauses.
-    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there."""
+    allowance: of segments, for all databases that are added together with it; None for no limit.
+    prove_every_s: as long as something is shipped, the store is asked this often whether the replica is still there.
+    trial_every_s: the replica is restored for a trial this often; 0 for never."""
 
     capture: CaptureSettings = CaptureSettings()
     interval_s: float = 1.0
@@ -93,6 +109,8 @@ class WorkerSettings:
     spool_limit_bytes: int = 1024 * 1024 * 1024
     prove_every_s: float = PROVE_EVERY_S
     upkeep: UpkeepSettings = UpkeepSettings()
+    allowance: Allowance | None = None
+    trial_every_s: float = 0.0
 
 
 class DatabaseWorker:
@@ -113,14 +131,19 @@ class DatabaseWorker:
         epoch: Callable[[], int] = lambda: 0,
         register: Callable[[], object] = lambda: None,
         within: Path | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """epoch: of the lease that allows a new timeline, 0 without one; raises LeaseLost while there must be none.
 
         register: called before each new timeline, to enter the database where others look for it. Raises DatabaseError.
         within: a folder that the database must be in, with no symbolic link on the way.
+        budget: of segments, shared with other databases.
         """
         self.path = path
-        self._store = store
+        self._meter = Meter()
+        self.store: ObjectStore = MeasuredStore(store, self._meter)
+        self.trial_every_s = settings.trial_every_s
+        self._budget = budget
         self._settings = settings
         self._writer = writer
         self._now_ms = now_ms
@@ -128,13 +151,14 @@ class DatabaseWorker:
         self._register = register
         self._within = within
         self._spool = Spool(state_directory, now_ms=now_ms)
+        self.trials = Trials(state_directory, store.url)
         self._capture = Capture(path, self._spool, settings.capture, now_ms=now_ms, within=within)
         self._pace = Pace(settings.interval_s, settings.burst, time.monotonic)
         self._changed = threading.Condition()
-        self.upkeep = Upkeep(store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
+        self.upkeep = Upkeep(self.store, settings.upkeep, self._shipped_timeline, wake_upkeep, now_ms=now_ms)
         self._shipper = Shipper(
             self._spool,
-            store,
+            self.store,
             uploads,
             self._on_upload,
             self.upkeep.arrived,
@@ -149,6 +173,7 @@ class DatabaseWorker:
         self._retry_s = RETRY_S
         self._not_before = 0.0
         self._quiet_until = 0.0
+        self._put_off_at: float | None = None  # since when pace or budget have commits wait in the WAL, if for long
         self._steps_begun = 0
         self._stepping = False
         self._captured_step = 0  # the last step that captured everything there was
@@ -184,12 +209,15 @@ class DatabaseWorker:
         """Capture, unless the pace or a failure says later. Seconds until then."""
         now = time.monotonic()
         self._quiet_until = 0.0  # what puts this step off sets it anew, and sees to another
-        pause_s = 0.0 if self._captured_step < self._wanted_step else self._pace.wait_s()
-        pause_s = max(pause_s, self._not_before - now)
+        pause_s = self._not_before - now
         if pause_s > 0:
             self._quiet_until = now + pause_s
             return pause_s
         try:
+            pause_s = 0.0 if self._captured_step < self._wanted_step else self._turn_s()
+            if pause_s > 0:
+                self._quiet_until = now + pause_s
+                return pause_s
             self._capture.load()
             if self._shipper.diverged is None and self._is_spool_full():
                 return None  # the uploads wake it
@@ -203,11 +231,23 @@ class DatabaseWorker:
             log.exception("%s: a step failed in a way that nobody foresaw; it is tried again", self.path)
             return self._back_off(DatabaseError(f"{self.path}: internal error, see the log: {error!r}"))
         self._retry_s = RETRY_S
+        self._put_off_at = None
         with self._changed:
             self._note_problem(None)
             self._captured_step = step
             self._captured_for = self._capture.timeline.number if self._capture.timeline else 0
         return wait_s
+
+    def _turn_s(self) -> float:
+        """Seconds for which pace and budget put capturing off, while it has something to capture and not more than fills a segment."""
+        pause_s = max(self._pace.wait_s(), self._budget.wait_s() if self._budget else 0.0)
+        if pause_s <= LOOK_S:
+            return pause_s
+        if not 0 < self._capture.pending_bytes() < GROUP_BYTES:
+            return 0.0
+        if self._put_off_at is None:
+            self._put_off_at = time.monotonic()
+        return LOOK_S
 
     def _back_off(self, error: Exception) -> float:
         self._note_problem(error)
@@ -241,6 +281,8 @@ class DatabaseWorker:
         self._begun = None
         if self._capture.position != before:
             self._pace.spend()
+            if self._budget:
+                self._budget.spend()
         return wait_s
 
     def _check_present(self, diverged: Diverged) -> None:
@@ -260,7 +302,7 @@ class DatabaseWorker:
             self._register()
             self._spool.begin_fork()
             self._begun = origin.new_timeline(
-                Replica(self._store),
+                Replica(self.store),
                 need.known,
                 writer=self._writer,
                 reason=need.reason,
@@ -367,7 +409,7 @@ class DatabaseWorker:
         protection, reason = self._protection()
         return DatabaseStatus(
             path=self.path,
-            url=self._store.url,
+            url=self.store.url,
             protection=protection,
             reason=reason,
             lag_s=self._lag_s(),
@@ -382,7 +424,24 @@ class DatabaseWorker:
             checkpoint_blocked=figures.checkpoint_blocked,
             barrier_s=figures.barrier_s,
             upkeep_problem=str(self.upkeep.problem or ""),
+            checkpoints=figures.checkpoints,
+            checkpoints_s=figures.checkpoints_s,
+            barriers_s=figures.barriers_s,
+            puts_minute=self._meter.puts.within(60),
+            puts_hour=self._meter.puts.within(HOUR_S),
+            usd_per_month=self._meter.puts.usd_per_month() if self.store.url.startswith("s3:") else None,
+            trial=self.trials.record,
         )
+
+    @property
+    def safe_position(self) -> Position | None:
+        """Up to which everything is in the store; None while something is wrong or on its way."""
+        return self._durable() if self._shipping_state()[0] is Protection.PROTECTED else None
+
+    def distrust(self, reason: str) -> None:
+        """The replica does not give what was shipped: a new timeline begins with a snapshot."""
+        self._shipper.distrust(reason)
+        self._wake(self)
 
     @property
     def figures(self) -> CaptureFigures:
@@ -414,6 +473,7 @@ class DatabaseWorker:
         try:
             if self._forgets and self.is_finished:
                 self._capture.let_go()
+                self.trials.remove()
                 self._spool.remove()
             else:
                 self._capture.close()
@@ -437,9 +497,18 @@ class DatabaseWorker:
         return self._shipper.durable_commit_ms or self._spool.waiting_commit_ms()
 
     def _lag_s(self) -> float:
-        return self._spool.waiting_s() or self._shipper.lag_s
+        put_off_at = self._put_off_at
+        put_off_s = 0.0 if put_off_at is None else time.monotonic() - put_off_at
+        return max(self._spool.waiting_s(), put_off_s) or self._shipper.lag_s
 
     def _protection(self) -> tuple[Protection, str]:
+        found = self._shipping_state()
+        trial = self.trials.record
+        if trial is not None and trial.is_source and found[0] is Protection.PROTECTED:
+            return Protection.NOT_PROTECTED, f"the database itself is damaged: {trial.problem}"
+        return found
+
+    def _shipping_state(self) -> tuple[Protection, str]:
         held_up = (
             isinstance(self._problem, DatabaseBusy)
             and self._captured_step > 0

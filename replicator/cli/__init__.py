@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from replicator import __version__
-from replicator.cli import past, replica, replicate, restore, running
+from replicator.cli import past, replica, replicate, restore, running, verify
 from replicator.cli.words import note
 from replicator.errors import ReplicatorError
 
@@ -72,5 +72,12 @@ def replicator(debug: bool) -> None:
     """
 
 
-for _command in (*replicate.COMMANDS, *restore.COMMANDS, *running.COMMANDS, *replica.COMMANDS, *past.COMMANDS):
+for _command in (
+    *replicate.COMMANDS,
+    *restore.COMMANDS,
+    *running.COMMANDS,
+    *replica.COMMANDS,
+    *past.COMMANDS,
+    *verify.COMMANDS,
+):
     replicator.add_command(_command)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from replicator.config import Config
     from replicator.diff import Difference, RowChange
     from replicator.past import Columns, Past, Value
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
 
 _WIDTH_ROWS = 100  # of a result, from which the widths of its columns are taken
 _MOST_WIDTH = 60
@@ -166,7 +166,7 @@ def diff(
 
 
 def _options(*, position_or_txid: Position | int | None, at_ms: int | None, timeline: int | None) -> RestoreOptions:
-    from replicator.restore import RestoreOptions
+    from replicator.restore_plan import RestoreOptions
 
     return RestoreOptions(
         position=position_or_txid if isinstance(position_or_txid, Position) else None,

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from replicator.cli.words import note
-from replicator.errors import ConfigError, NothingToRestore, UsageError
+from replicator.errors import ConfigError, FormatError, NothingToRestore, UsageError
 
 if TYPE_CHECKING:
+    from replicator.catalogue import Entry
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
     from replicator.store import ObjectStore
 
@@ -84,6 +85,35 @@ def identities_of(identity_file: Path | None) -> tuple[str, ...]:
     from replicator.age import given_identities
 
     return given_identities(identity_file)
+
+
+def is_folder(store: ObjectStore) -> bool:
+    """Whether the place holds the databases of a folder, and not a replica of its own."""
+    from replicator import catalogue
+    from replicator.replica import Replica
+
+    return catalogue.is_there(store) and not Replica(store).timelines()
+
+
+def folder_entry(
+    source: str, configured: DatabaseConfig | None, config: Config | None, identities: Sequence[str] = ()
+) -> Entry | None:
+    """What a folder's replica says of the file of one of its databases, given by URL or path; None when it is none of a folder."""
+    from replicator import catalogue
+
+    if configured is not None:
+        if configured.folder is None:
+            return None
+        return catalogue.find(configured.replica.open(identities=identities), name_in(configured, Path(source)))
+    place, mark, query = source.partition("?")
+    folder, _, encoded = place.rstrip("/").rpartition("/db/")
+    if not folder:
+        return None
+    try:
+        name = catalogue.decode(encoded)
+    except FormatError:
+        return None
+    return catalogue.find(replica_of(f"{folder}{mark}{query}", config, identities)[0], name)
 
 
 def socket_of(config_file: Path | None, no_expand_env: bool, named: Path | None) -> Path:

@@ -58,12 +58,12 @@ def _running(no_expand_env: bool, socket_path: Path | None) -> list[dict[str, An
     from replicator import control
 
     try:
-        found: list[dict[str, Any]] = control.databases(socket_of(None, no_expand_env, socket_path))["databases"]
+        found = control.databases(socket_of(None, no_expand_env, socket_path))["databases"]
     except (DaemonNotRunning, ConfigError):
         if socket_path is not None:
             raise
         return None
-    return found
+    return [{"path": each["path"], "url": each["url"]} for each in found]
 
 
 def _entries(url: str, config: Config | None, identities: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""The command ``replicate``. Decides nothing; the work is in ``replicator.daemon``."""
+"""The commands ``replicate`` and ``systemd-unit``. Decides nothing; the work is in ``replicator.daemon``."""
 
 from __future__ import annotations
 
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,14 +47,15 @@ def replicate(
     """
     from replicator import daemon
 
-    config = _config_of(database, url) if database else need_config(config_file, no_expand_env)
-    if not config.databases:
-        raise UsageError(f"{config.file}: dbs names no database; add one, or run `replicator replicate DB URL`")
+    load = None if database else partial(_load, config_file, no_expand_env)
+    config = load() if load else _config_of(database, url)
     options = daemon.RunOptions(
         once=once,
         exec_command=command if command is not None else ("" if once else config.exec_command),
         socket_path=socket_path,
-        shutdown_timeout_s=config.shutdown_timeout_s if shutdown_timeout is None else shutdown_timeout,
+        shutdown_timeout_s=shutdown_timeout,
+        log_format=log_format or "",
+        load=load,
     )
     if once and options.exec_command:
         raise UsageError("--once and --exec exclude each other: one ends by itself, the other with its program")
@@ -64,10 +67,18 @@ def replicate(
     return code
 
 
-def _config_of(database: Path, url: str | None) -> Config:
+def _load(config_file: Path | None, no_expand_env: bool) -> Config:
+    config = need_config(config_file, no_expand_env)
+    if not config.databases:
+        raise UsageError(f"{config.file}: dbs names no database; add one, or run `replicator replicate DB URL`")
+    return config
+
+
+def _config_of(database: Path | None, url: str | None) -> Config:
     from replicator.age import IDENTITY_VARIABLE
     from replicator.config import Config, DatabaseConfig, ReplicaConfig
 
+    assert database is not None
     if os.environ.get(IDENTITY_VARIABLE):
         raise UsageError(
             f"{IDENTITY_VARIABLE} is set, which only opens replicas; to encrypt one, name its recipients in a configuration (key `age`)"
@@ -77,4 +88,18 @@ def _config_of(database: Path, url: str | None) -> Config:
     return Config(databases=(DatabaseConfig(database.absolute(), ReplicaConfig(url)),))
 
 
-COMMANDS = (replicate,)
+@click.command("systemd-unit")
+@click.option("--config", "config_file", type=FILE, help="Configuration file. Default /etc/replicator.yml.")
+def systemd_unit(config_file: Path | None) -> None:
+    """Print a systemd unit that keeps `replicator replicate` running with a configuration.
+
+    To install it: replicator systemd-unit > /etc/systemd/system/replicator.service; then systemctl daemon-reload, and systemctl
+    enable --now replicator.
+    """
+    from replicator import systemd
+    from replicator.config import DEFAULT_FILES
+
+    click.echo(systemd.unit(Path(sys.executable), (config_file or DEFAULT_FILES[0]).absolute()), nl=False)
+
+
+COMMANDS = (replicate, systemd_unit)

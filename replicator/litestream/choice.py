@@ -11,8 +11,8 @@ from replicator.errors import FormatError, NothingToRestore, UsageError
 from replicator.litestream import generations, restore
 from replicator.litestream import replica as ltx_replica
 from replicator.replica import Replica
-from replicator.restore import RestoreOptions
 from replicator.restore import plan_restore as plan_native
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.store.seal import bare
 from replicator.values import format_time

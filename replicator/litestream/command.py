@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from replicator.litestream import choice, export, restore
 from replicator.litestream.chain import parse_txid, txid_text
 from replicator.litestream.export import ExportPlan, ExportReport
 from replicator.litestream.restore import LitestreamPlan, LitestreamReport
-from replicator.restore import OnProgress, RestoreOptions
+from replicator.restore import OnProgress
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.store.seal import bare
 from replicator.values import format_size, format_time
@@ -41,14 +41,13 @@ def run_restore(
     target: Path,
     options: RestoreOptions,
     txid: str | None,
-    progress: Callable[[], AbstractContextManager[OnProgress | None]] | None,
+    on_progress: OnProgress | None,
 ) -> Said:
-    """progress: None to say only what would be done."""
+    """on_progress: None to say only what would be done."""
     options = dataclasses.replace(options, txid=None if txid is None else parse_txid(txid))
-    if progress is None:
+    if on_progress is None:
         return of_plan(restore.plan_restore(bare(store), options), target)
-    with progress() as on_progress:
-        return of_restore(restore.restore(bare(store), target, options, on_progress=on_progress), target)
+    return of_restore(restore.restore(bare(store), target, options, on_progress=on_progress), target)
 
 
 def run_export(source: ObjectStore, to: ObjectStore, from_ms: int | None, parallelism: int, *, dry_run: bool) -> Said:

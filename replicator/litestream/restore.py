@@ -34,16 +34,10 @@ from replicator.litestream import replica as ltx_replica
 from replicator.litestream.chain import LtxRef, txid_text
 from replicator.litestream.generations import OldChain, OldRef
 from replicator.ltx import LtxReader
+from replicator.new_database import check_space, check_target, new_database
 from replicator.pagehash import lock_page
-from replicator.restore import (
-    PRAGMAS,
-    OnProgress,
-    RestoreOptions,
-    check_space,
-    check_target,
-    integrity_complaints,
-    new_database,
-)
+from replicator.restore import PRAGMAS, OnProgress, integrity_complaints
+from replicator.restore_plan import RestoreOptions
 from replicator.store import ObjectStore
 from replicator.values import format_time
 
@@ -242,7 +236,7 @@ def _write(
     on_progress: OnProgress,
 ) -> LitestreamReport:
     check_space(target.parent, plan.size_bytes or plan.download_bytes)
-    with new_database(target, options.mode) as (fd, temporary):
+    with new_database(target, options.mode, options.owner) as (fd, temporary):
         download = _Download(store, plan, options.parallelism, on_progress)
         try:
             if isinstance(plan.source, OldChain):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,46 @@ class Measurement:
     seconds: float = 0.0
 
 
+HOUR_S = 3600.0
+MONTH_HOURS = 730.0
+USD_PER_MILLION_PUTS = 5.0
+"""What Amazon asks for PUT requests to the standard class in most regions; others ask less, or nothing."""
+_BIN_S = 10.0
+
+
+class Tally:
+    """How often something happened in the last minute and hour, to 10 s. Any thread may use it."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._guard = threading.Lock()
+        self._began = monotonic()
+        self._bins: deque[tuple[int, int]] = deque()  # those in which there was something
+
+    def note(self) -> None:
+        with self._guard:
+            now = int(self._monotonic() // _BIN_S)
+            count = self._bins.pop()[1] if self._bins and self._bins[-1][0] == now else 0
+            self._bins.append((now, count + 1))
+            while self._bins[0][0] <= now - HOUR_S // _BIN_S:
+                self._bins.popleft()
+
+    def within(self, seconds: float) -> int:
+        """seconds: up to an hour."""
+        with self._guard:
+            oldest = self._monotonic() // _BIN_S - seconds // _BIN_S
+            return sum(count for at, count in self._bins if at > oldest)
+
+    def per_hour(self) -> float:
+        """As the last hour was; less than that when it is not so old yet."""
+        known_s = min(HOUR_S, max(60.0, self._monotonic() - self._began))
+        return self.within(HOUR_S) * HOUR_S / known_s
+
+    def usd_per_month(self) -> float:
+        """What a month of such hours costs, if each was a PUT."""
+        return self.per_hour() * MONTH_HOURS * USD_PER_MILLION_PUTS / 1_000_000
+
+
 @dataclass
 class _Call:
     """One call that is under way; filled in by who makes it."""
@@ -57,10 +98,11 @@ class _Call:
 
 
 class Meter:
-    """The totals of one store and everything below it. Any thread may use it."""
+    """The totals of one store and everything below it, and its puts of the last hour. Any thread may use it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.puts = Tally(clock)
         self._lock = threading.Lock()
         self._totals: dict[tuple[str, str], Measurement] = {}
         self._in_flight = 0
@@ -93,6 +135,8 @@ class Meter:
         return self._clock()
 
     def _record(self, operation: str, outcome: str, call: _Call, seconds: float) -> None:
+        if operation == "put":
+            self.puts.note()
         with self._lock:
             self._in_flight -= 1
             old = self._totals.get((operation, outcome), Measurement(operation, outcome))

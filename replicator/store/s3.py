@@ -60,13 +60,20 @@ Source: docs.aws.amazon.com, "How to prevent object overwrites with conditional 
 """
 
 _DENIED_CODES = {
-    "AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken",
-    "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired", "Unauthorized",
+    "AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "InvalidAccessKeyId",
+    "InvalidToken", "SignatureDoesNotMatch", "Unauthorized",
 }  # fmt: skip
+
+_STALE_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
+"""Credentials that were right once, or never; their source may have others by now."""
 
 _NO_BATCH_DELETE_CODES = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "405", "501"}
 
-_FOREIGN = (boto_errors.BotoCoreError, boto_errors.ClientError, ResponseParserError, HTTPError, OSError)
+_FOREIGN = (boto_errors.BotoCoreError, boto_errors.ClientError, ResponseParserError, HTTPError, OSError, RuntimeError)
+"""RuntimeError: how botocore says that credentials are expired although it has just renewed them."""
+
+_NO_KEYS = (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)
+_NO_SOURCE = (boto_errors.CredentialRetrievalError, boto_errors.MetadataRetrievalError, boto_errors.TokenRetrievalError)
 
 
 @dataclass(frozen=True)
@@ -206,10 +213,14 @@ class _Bucket:
         what = f"{operation} {self.url(key or '')}"
         if key is not None:
             parameters["Key"] = key
+        client = None
         try:
-            answer: dict[str, Any] = getattr(_client(self._access), operation)(Bucket=self.name, **parameters)
+            client = _client(self._access)
+            answer: dict[str, Any] = getattr(client, operation)(Bucket=self.name, **parameters)
         except _FOREIGN as error:
             translated = _translated(error, what)
+            if _code_of(error) in _STALE_CODES or isinstance(error, (*_NO_KEYS, RuntimeError)):
+                _forget(self._access, client)
             if isinstance(translated, ObjectMissing):
                 if key is None:
                     raise _bucket_missing(what) from error
@@ -300,6 +311,13 @@ def _client(access: S3Access) -> Any:
             if client is None:
                 client = _clients[access] = _new_client(access)
     return client
+
+
+def _forget(access: S3Access, client: Any) -> None:
+    """The next call looks for credentials anew. Calls of other threads that are under way keep the client they have."""
+    with _clients_lock:
+        if access.access_key is None and _clients.get(access) is client:
+            _clients.pop(access, None)
 
 
 def _new_client(access: S3Access) -> Any:
@@ -433,11 +451,17 @@ def _translated(error: Exception, what: str) -> StoreError:
         answer = error.response.get("Error", {})
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _of_code(str(answer.get("Code", "")), status, str(answer.get("Message", "")), what)
-    if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
+    if isinstance(error, _NO_KEYS):
         return StoreDenied(
             f"{what}: no access keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill ~/.aws/credentials"
         )
+    if isinstance(error, RuntimeError) and "credentials" in str(error):
+        return StoreDenied(
+            f"{what}: the credentials have expired, and their source gives none that are valid; renew them there"
+        )
     detail = _one_line(_innermost(error))
+    if isinstance(error, _NO_SOURCE):
+        return StoreUnavailable(f"{what}: the credentials could not be had from their source: {detail}")
     if "CERTIFICATE_VERIFY_FAILED" in detail:
         return StoreDenied(f"{what}: its certificate is not trusted; name its authority in AWS_CA_BUNDLE ({detail})")
     if isinstance(error, (boto_errors.ConnectTimeoutError, boto_errors.ReadTimeoutError)):
@@ -451,8 +475,6 @@ _NETWORK_FAILURES = (
     boto_errors.HTTPClientError,
     boto_errors.ConnectionError,
     boto_errors.IncompleteReadError,
-    boto_errors.MetadataRetrievalError,
-    boto_errors.CredentialRetrievalError,
     ResponseParserError,
     HTTPError,
     OSError,
@@ -466,6 +488,8 @@ def _of_code(code: str, status: int, detail: str, what: str) -> StoreError:
         return _bucket_missing(what)
     if code == "RequestTimeTooSkewed":
         return StoreDenied(f"{answer}: the clock of this host differs too much from the server's; set it (NTP)")
+    if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
+        return StoreDenied(f"{answer}: the credentials have expired; renew them where they come from")
     if code in _UNAVAILABLE_CODES or status == 429 or (status >= 500 and status != 501):
         return StoreUnavailable(f"{answer}: the server is overloaded or failing")
     if code in _DENIED_CODES or status in (401, 403):

@@ -509,7 +509,7 @@ def test_a_folder_is_replicated_listed_and_restored_by_name(place: Place) -> Non
     assert len(place.json("databases", "--config", config)["databases"]) == 2
     place.run("restore", "-o", "two.db", listed[0]["url"])
     assert rows(place.folder / "two.db") == [1]
-    said = place.run("restore", "-o", "x.db", place.url, code=2)
+    said = place.run("history", place.url, code=2)
     assert f"holds a folder of 2 databases; name one of them, such as {listed[0]['url']}" in said
     (place.folder / "tenants" / "eu" / "two.db").unlink()
     place.run("restore", "--config", config, place.folder / "tenants" / "eu" / "two.db")

@@ -41,7 +41,9 @@ def test_a_database_is_restored_from_the_url_that_is_listed(
     replicate_folder(folder, store)
     assert cli.run(["databases", "--json", store.url]) == 0
     (listed,) = json.loads(capsys.readouterr().out)["databases"]
-    assert cli.run(["restore", "-o", str(tmp_path / "x.db"), store.url]) == 2
+    assert cli.run(["restore", "-o", str(tmp_path / "all"), store.url]) == 0
+    assert (tmp_path / "all" / "one.db").exists()
+    assert cli.run(["history", store.url]) == 2
     assert f"such as {listed['url']}" in capsys.readouterr().err
     assert cli.run(["restore", "-o", str(tmp_path / "copy.db"), listed["url"]]) == 0
     assert apsw.Connection(str(tmp_path / "copy.db")).execute("SELECT v FROM t").fetchall() == [(7,)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from replicator.capture import CaptureSettings
 from replicator.config import Config, load, parse
 from replicator.config_keys import DATABASE_KEYS, REPLICA_KEYS, TOP_KEYS, Key, reference
 from replicator.errors import ConfigError
+from replicator.pace import Allowance
 from replicator.upkeep import UpkeepSettings
 
 FILE = Path("/etc/replicator.yml")
@@ -131,6 +133,26 @@ def test_settings_of_the_process() -> None:
     assert config.shutdown_timeout_s == 90
 
 
+def test_metrics_and_heartbeat() -> None:
+    config = read("addr: ':9090'\nheartbeat-url: https://beat.example.com/secret\nheartbeat-interval: 1m\n")
+    assert (config.metrics_address, config.heartbeat_url, config.heartbeat_s) == (
+        ":9090",
+        "https://beat.example.com/secret",
+        60,
+    )
+    assert "secret" not in repr(config)
+    assert read("").heartbeat_s == 300
+
+
+def test_a_budget_of_one_replica_goes_before_that_of_all() -> None:
+    config = read(
+        "put-budget: {per-hour: 3600}\ndbs:\n- path: /a.db\n  replica: {url: file:///a}\n"
+        "- path: /b.db\n  replica: {url: file:///b, put-budget: {per-hour: 60, burst: 5}}\n"
+    )
+    assert [entry.settings.allowance for entry in config.databases] == [Allowance(3600, 100), Allowance(60, 5)]
+    assert read(one("{url: file:///b}")).databases[0].settings.allowance is None
+
+
 def test_an_anchor_may_be_merged() -> None:
     config = read(
         "dbs:\n- path: /a.db\n  replica: &r\n    type: s3\n    bucket: b\n    path: a\n"
@@ -140,10 +162,10 @@ def test_an_anchor_may_be_merged() -> None:
 
 
 def test_a_key_of_litestream_that_does_nothing_here_gets_one_line_that_says_what_happens() -> None:
-    config = read("validation:\n  interval: 1h\n" + one("{url: file:///b}", monitor_interval="1s"))
+    config = read("mcp-addr: :1\n" + one("{url: file:///b}", monitor_interval="1s"))
     assert len(config.notes) == 2
-    assert config.notes[0].startswith("/etc/replicator.yml:1: validation: a restore verifies every checksum")
-    assert config.notes[1].startswith("/etc/replicator.yml:5: dbs[0].monitor-interval: file events wake the replicator")
+    assert config.notes[0].startswith("/etc/replicator.yml:1: mcp-addr: not built yet: nothing listens there")
+    assert config.notes[1].startswith("/etc/replicator.yml:4: dbs[0].monitor-interval: file events wake the replicator")
 
 
 def test_settings_of_the_upkeep() -> None:
@@ -198,6 +220,10 @@ WRONG = [
     (one("{url: s3://b/x, path: y}"), 3, "dbs[0].replica.path: leave it out"),
     (one("{path: s3://b/x}"), 3, "dbs[0].replica.path: is a URL"),
     (one("{type: s3, path: x}"), 3, "dbs[0].replica: has no bucket"),
+    ("addr: '9090'\n", 1, "addr: '9090' is not an address; write :9090"),
+    ("heartbeat-url: ftp://h/secret\n", 1, "heartbeat-url: is not a URL that begins with https:// or http://"),
+    ("put-budget: {burst: 3}\n" + one("{url: file:///b}"), 1, "put-budget.per-hour: is missing"),
+    ("put-budget: {per-hour: 0}\n" + one("{url: file:///b}"), 1, "put-budget.per-hour: must be more than 0"),
     (one("{type: sftp, path: x}"), 3, "dbs[0].replica.type: replicas of type sftp are not built yet"),
     (one("{type: floppy, path: x}"), 3, "dbs[0].replica.type: 'floppy' is not a type of replica"),
     (one("{}"), 3, "dbs[0].replica: says nowhere"),
@@ -278,6 +304,15 @@ def test_two_entries_that_would_disturb_each_other_are_refused(first: str, secon
     with pytest.raises(ConfigError, match=re.escape(f"dbs[1]: {words}")) as caught:
         read(f"dbs:\n- {first}\n- {second}\n")
     assert str(caught.value).endswith("/etc/replicator.yml:2")
+
+
+def test_thousands_of_databases_are_not_compared_pair_by_pair() -> None:
+    entries = "".join(f"- path: /data/{n}.db\n  replica: {{url: 'file:///b/{n}'}}\n" for n in range(1000))
+    began = time.process_time()
+    assert len(read(f"dbs:\n{entries}").databases) == 1000
+    assert time.process_time() - began < 5
+    with pytest.raises(ConfigError, match=r"dbs\[1000\]: its replica is at the same place as that of .*:6"):
+        read(f"dbs:\n{entries}- path: /other.db\n  replica: {{url: 'file:///b/2/'}}\n")
 
 
 def test_one_database_under_two_names_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import subprocess
@@ -13,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from replicator import control
 from replicator.control import ControlServer, SocketInUse
-from replicator.errors import DaemonNotRunning, DatabaseMissing, SyncTimeout, UsageError
-from replicator.service import Replicator
+from replicator.errors import DaemonNotRunning, DatabaseMissing, DatabaseNotReplicable, SyncTimeout, UsageError
+from replicator.peers import MAX_PEERS
+from replicator.roster import Left
 from replicator.values import Position
 from replicator.worker import DatabaseStatus, Protection
 
@@ -49,6 +50,7 @@ class FakeReplicator:
     def __init__(self) -> None:
         self.released = threading.Event()
         self.asked: list[Path] = []
+        self.changes: list[tuple[object, ...]] = []
 
     def status(self) -> list[DatabaseStatus]:
         return [APP]
@@ -61,10 +63,26 @@ class FakeReplicator:
             raise SyncTimeout(f"{path} is not durable after {timeout_s:g} s")
         return Position(1, 7)
 
+    def register(self, path: Path, url: str) -> None:
+        if path.name == "used.db":
+            raise DatabaseNotReplicable(f"{path} is in use by another replicator")
+        self.changes.append(("register", path, url))
+
+    def unregister(self, path: Path, timeout_s: float) -> Left:
+        self.changes.append(("unregister", path, timeout_s))
+        return Left(path, None, "too late")
+
+    def start(self, path: Path) -> None:
+        self.changes.append(("start", path))
+
+    def stop(self, path: Path, timeout_s: float) -> Left:
+        self.changes.append(("stop", path, timeout_s))
+        return Left(path, Position(1, 7))
+
 
 @contextmanager
 def serving(path: Path, replicator: FakeReplicator) -> Iterator[ControlServer]:
-    server = ControlServer(path, cast(Replicator, replicator))
+    server = ControlServer(path, replicator, info=lambda: {"config": "/etc/replicator.yml"})
     server.start()
     try:
         yield server
@@ -98,7 +116,32 @@ def test_status_tells_how_each_database_is(path: Path) -> None:
     assert database["status"] == "protected (lag 0.2 s)"
     assert (database["captured"], database["durable"]) == ("1:7", "1:6")
     assert database["durable_time"] == "2026-09-21T14:13:20.123Z"
-    assert control.databases(path) == {"databases": [{"path": "/data/app.db", "url": "file:///backup"}]}
+    assert control.databases(path) == {
+        "databases": [{"path": "/data/app.db", "url": "file:///backup", "protection": "protected"}]
+    }
+
+
+def test_info_tells_of_the_process_and_counts_the_databases(path: Path) -> None:
+    found = control.info(path)
+    assert found["pid"] == os.getpid()
+    assert found["config"] == "/etc/replicator.yml"
+    assert found["databases"] == {"protected": 1, "catching_up": 0, "not_protected": 0}
+
+
+def test_changes_go_to_who_operates_it(path: Path, fake: FakeReplicator) -> None:
+    other = Path("/data/new\udcff.db")  # a name that is no UTF-8
+    assert control.register(path, other, "file:///b")["url"] == "file:///b"
+    assert control.stop(path, APP.path, 2)["durable"] == "1:7"
+    assert control.start(path, APP.path) == {"path": "/data/app.db"}
+    assert control.unregister(path, APP.path, 0) == {"path": "/data/app.db", "durable": None, "reason": "too late"}
+    assert fake.changes == [
+        ("register", other, "file:///b"),
+        ("stop", APP.path, 2.0),
+        ("start", APP.path),
+        ("unregister", APP.path, 0.0),
+    ]
+    with pytest.raises(DatabaseNotReplicable, match="is in use"):
+        control.register(path, Path("/data/used.db"), "file:///b")
 
 
 def test_sync_answers_when_it_is_durable(path: Path, fake: FakeReplicator) -> None:
@@ -125,6 +168,13 @@ def test_errors_arrive_as_what_they_are(path: Path) -> None:
         ("GET /barrier?db=/data/app.db&timeout=soon HTTP/1.1", 400),
         ("GET /barrier?db=/data/app.db&timeout=nan HTTP/1.1", 400),
         ("GET /barrier HTTP/1.1", 400),
+        ("GET /barrier?db=app.db HTTP/1.1", 400),
+        ("GET /barrier?db=/data/%00.db HTTP/1.1", 400),
+        ("GET /barrier?db=/data/app.db&timeout=7200 HTTP/1.1", 400),
+        ("POST /register?db=/data/x.db HTTP/1.1", 400),
+        ("POST /stop HTTP/1.1", 400),
+        ("GET /stop?db=/data/app.db HTTP/1.1", 404),
+        ("GET /__init__ HTTP/1.1", 404),
         ("GET /sync?db=/data/app.db HTTP/1.1", 404),
         ("POST /status HTTP/1.1", 404),
         ("DELETE /status HTTP/1.1", 501),
@@ -147,6 +197,16 @@ def test_the_barrier_is_a_sync_that_may_be_asked_by_get(path: Path, fake: FakeRe
     assert json.loads(body)["durable"] == "1:7"
 
 
+def test_a_barrier_whose_time_ran_out_tells_how_far_it_came(path: Path) -> None:
+    status, body = exchange(path, "GET /barrier?db=/data/app.db&timeout=10ms HTTP/1.1")
+    assert " 504 " in status
+    assert json.loads(body) == {
+        "error": "/data/app.db is not durable after 0.01 s",
+        "code": "SyncTimeout",
+        "durable": "1:6",
+    }
+
+
 def test_only_the_owner_may_connect(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -166,7 +226,7 @@ def test_a_peer_that_hangs_holds_up_nobody(path: Path, fake: FakeReplicator) -> 
 
 
 def test_beyond_the_limit_of_peers_one_is_hung_up_on_and_later_served_again(path: Path) -> None:
-    peers = [socket.socket(socket.AF_UNIX) for _ in range(control.MAX_PEERS)]
+    peers = [socket.socket(socket.AF_UNIX) for _ in range(MAX_PEERS)]
     for peer in peers:
         peer.connect(str(path))
         peer.sendall(b"GET /sta")
@@ -200,7 +260,7 @@ def test_the_socket_of_a_dead_replicator_is_replaced(tmp_path: Path, fake: FakeR
 
 def test_the_socket_of_a_living_replicator_stays(path: Path, fake: FakeReplicator) -> None:
     with pytest.raises(SocketInUse, match="another replicator answers"):
-        ControlServer(path, cast(Replicator, fake))
+        ControlServer(path, fake)
     assert control.status(path)["databases"]
 
 
@@ -208,7 +268,7 @@ def test_a_file_that_is_no_socket_stays(tmp_path: Path, fake: FakeReplicator) ->
     path = tmp_path / "precious"
     path.write_text("data")
     with pytest.raises(UsageError, match="is no socket"):
-        ControlServer(path, cast(Replicator, fake))
+        ControlServer(path, fake)
     assert path.read_text() == "data"
 
 
@@ -219,6 +279,16 @@ def test_closing_removes_the_socket_and_a_client_is_told_what_to_do(tmp_path: Pa
     assert not path.exists()
     with pytest.raises(DaemonNotRunning, match="start `replicator replicate`"):
         control.status(path)
+
+
+def test_the_docs_name_every_request() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "replicator.md").read_text("utf-8")
+    assert [
+        f"{method} {route}"
+        for method, routes in control.ROUTES.items()
+        for route in routes
+        if f"`{method} {route}" not in docs
+    ] == []
 
 
 def test_a_path_that_the_kernel_does_not_take_is_refused_in_words(tmp_path: Path) -> None:

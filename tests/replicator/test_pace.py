@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicator.pace import Pace
+from replicator.pace import Allowance, Budget, Pace
 
 
 class Clock:
@@ -62,3 +62,39 @@ def test_without_an_interval_nothing_waits() -> None:
     for _ in range(5):
         assert pace.wait_s() == 0
         pace.spend()
+
+
+# -- a budget that several databases share -----------------------------------------------------------------------------
+
+
+def test_a_budget_gives_its_burst_and_then_its_rate() -> None:
+    clock = Clock()
+    budget = Budget(Allowance(per_hour=360, burst=5), clock)
+    for _ in range(5):
+        assert budget.wait_s() == 0
+        budget.spend()
+    assert budget.wait_s() == 10
+    clock.now += 10
+    assert budget.wait_s() == 0
+
+
+def test_what_could_not_wait_is_waited_for_by_the_others_within_bounds() -> None:
+    clock = Clock()
+    budget = Budget(Allowance(per_hour=3600, burst=3), clock)
+    for _ in range(5):
+        budget.spend()
+    assert budget.wait_s() == 3
+    for _ in range(50):
+        budget.spend()
+    assert budget.wait_s() == 4
+
+
+def test_over_a_day_the_rate_is_kept() -> None:
+    clock = Clock()
+    budget = Budget(Allowance(per_hour=60, burst=100), clock)
+    begin, left = clock.now, 0
+    while clock.now < begin + 86400:
+        clock.now += budget.wait_s() + 1e-6
+        budget.spend()
+        left += 1
+    assert 1440 <= left <= 1541

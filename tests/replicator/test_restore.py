@@ -584,7 +584,7 @@ def test_a_full_file_system_is_refused_before_the_download(
     store: MemoryStore, replica: ReplicaBuilder, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=2, f_frsize=4096))
-    with pytest.raises(RestoreError, match=r"needs \d+ bytes, .* has 8192 bytes available"):
+    with pytest.raises(RestoreError, match=r"needs \d+\.\d KiB in .*, where 8.0 KiB are free; make room"):
         restore(store, target)
     assert list(target.parent.iterdir()) == []
 

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from replicator.errors import ObjectMissing, PreconditionFailed, StoreUnavailable
-from replicator.store.measure import MeasuredStore, Measurement, Meter
+from replicator.store.measure import MeasuredStore, Measurement, Meter, Tally
 from replicator.store.memory import MemoryStore
 
 
@@ -70,3 +70,49 @@ def test_threads_do_not_lose_counts() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: store.put(f"k{number}", b"12"), range(400)))
     assert [(m.requests, m.sent_bytes) for m in meter.snapshot()] == [(400, 800)]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_tally_forgets_what_is_older_than_an_hour() -> None:
+    clock = Clock()
+    tally = Tally(clock)
+    for _ in range(400):
+        tally.note()
+        clock.now += 10
+    assert (tally.within(60), tally.within(3600)) == (5, 359)
+    clock.now += 3600
+    assert tally.within(3600) == 0
+
+
+def test_a_month_of_one_put_a_second_costs_13_dollars() -> None:
+    clock = Clock()
+    tally = Tally(clock)
+    for _ in range(1800):  # half an hour is all that is known
+        tally.note()
+        clock.now += 1
+    assert tally.per_hour() == pytest.approx(3600)
+    assert tally.usd_per_month() == pytest.approx(13.14)
+
+
+def test_what_is_known_for_seconds_is_not_taken_for_a_rate() -> None:
+    clock = Clock()
+    tally = Tally(clock)
+    tally.note()
+    clock.now += 1
+    assert tally.per_hour() == 60
+
+
+def test_puts_are_tallied_and_nothing_else() -> None:
+    meter = Meter()
+    store = MeasuredStore(MemoryStore(), meter)
+    store.put("a", b"1")
+    store.sub("b").put("c", b"1")
+    store.get("a")
+    assert meter.puts.within(60) == 2
