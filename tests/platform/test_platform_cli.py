@@ -100,6 +100,7 @@ def interrupted_after(event: threading.Event) -> Iterator[None]:
             signal.pthread_kill(main, signal.SIGINT)
             ended.wait(1.0)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have it ignored
     thread = threading.Thread(target=press)
     thread.start()
     try:
@@ -107,6 +108,7 @@ def interrupted_after(event: threading.Event) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 # -- secrets

@@ -164,6 +164,8 @@ def test_what_litestream_replicated_is_restored_as_litestream_restores_it(replic
         assert replica.ours(txid=txid) == replica.theirs("-txid", txid_text(txid)), txid_text(txid)
     for txid in singles[len(singles) // 2 : -2 : 6]:  # it takes no moment after the last
         at_ms = time_of(replica.store, files, txid) + 1
+        if at_ms > time_of(replica.store, files, singles[-1]):
+            break
         if any(time_of(replica.store, files, other) == at_ms for other in singles if other > txid):
             continue  # the two disagree on purpose about a transaction right at a moment
         assert replica.ours(at_ms=at_ms) == replica.theirs("-timestamp", format_time(at_ms)), txid_text(txid)
