@@ -6,7 +6,6 @@ is one that was committed at the source: its checksum is verified before the tra
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
@@ -20,7 +19,7 @@ import apsw
 import msgspec
 import numpy as np
 
-from replicator import chain, durable, failpoints
+from replicator import chain, durable, failpoints, locks
 from replicator.database import FileIdentity
 from replicator.errors import (
     DatabaseBusy,
@@ -363,14 +362,9 @@ class Follower:
             ) from error
 
     def _take_lock(self) -> None:
-        descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise RestoreError(
-                f"another process follows to {self._target}; end that one, or follow to another path"
-            ) from None
+        descriptor = locks.take(self._folder / "lock")
+        if descriptor is None:
+            raise RestoreError(f"another process follows to {self._target}; end that one, or follow to another path")
         self._lock = descriptor
 
 

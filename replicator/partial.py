@@ -9,7 +9,6 @@ A kept file has a journal beside it: a line says which database it is, then ``= 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from replicator import locks
 from replicator.errors import RestoreError
 from replicator.layout import SegmentRef
 
@@ -135,13 +135,7 @@ class Partial:
 
 def take_journal(path: Path) -> int:
     """Descriptor of the journal at the path, which is this process's alone until it is closed. Raises RestoreError, OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = os.fstat(descriptor).st_nlink > 0  # else its holder has removed it just now
-    except OSError:
-        is_ours = False
-    if not is_ours:
-        os.close(descriptor)
+    descriptor = locks.take(path, os.O_APPEND | os.O_NOFOLLOW)
+    if descriptor is None:
         raise RestoreError(f"another restore to this place is under way, and writes {path}; wait for it, or end it")
     return descriptor

@@ -8,7 +8,6 @@ database.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import BinaryIO
 import msgspec
 import xxhash
 
-from replicator import durable, failpoints
+from replicator import durable, failpoints, locks
 from replicator.database import FileStamp
 from replicator.errors import (
     DatabaseError,
@@ -309,14 +308,8 @@ class Spool:
         return aside
 
     def _take_lock(self) -> int:
-        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.fstat(descriptor).st_nlink > 0  # else its holder has removed it just now
-        except OSError:
-            is_ours = False
-        if not is_ours:
-            os.close(descriptor)
+        descriptor = locks.take(self.directory / "lock")
+        if descriptor is None:
             raise DatabaseNotReplicable(
                 f"{self.directory} is in use by another replicator; two must not replicate one database"
             )
