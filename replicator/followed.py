@@ -68,11 +68,7 @@ class FollowedCopy(LiveDatabase):
         self._change = self._header().change
         self.acquire()
         try:
-            image = Image.newest(self)
-            found = StateHashes(image.page_count)
-            for first_page_no, hashes in image.hashes():
-                found.set_range(first_page_no, hashes)
-            return found
+            return Image.newest(self).state_hashes()
         finally:
             self.release()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from replicator.database import LiveDatabase
 from replicator.errors import DatabaseError
-from replicator.pagehash import hash_pages, page_hash
+from replicator.pagehash import StateHashes, hash_pages, page_hash
 from replicator.wal import HEADER_SIZE, I64, U32, Cursor, Scanner, Transaction, last_image
 
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -89,6 +89,13 @@ class Image:
             for page_no in self.page_nos[low:high].tolist():
                 hashes[page_no - first] = page_hash(page_no, self.page(page_no))
             yield first, hashes
+
+    def state_hashes(self) -> StateHashes:
+        """Page hashes of the whole database, all of which is read."""
+        state = StateHashes(self.page_count)
+        for first_page_no, hashes in self.hashes():
+            state.set_range(first_page_no, hashes)
+        return state
 
 
 def read_transactions(database: LiveDatabase, scanner: Scanner, end: int | None = None) -> Iterator[Transaction]:

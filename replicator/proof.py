@@ -209,11 +209,7 @@ def _live_hashes(path: Path) -> StateHashes:
     database = LiveDatabase(path)
     try:
         database.acquire()
-        image = Image.newest(database)
-        hashes = StateHashes(image.page_count)
-        for first_page_no, found in image.hashes():
-            hashes.set_range(first_page_no, found)
-        return hashes
+        return Image.newest(database).state_hashes()
     finally:
         database.close(checkpoint=False)
 
