@@ -144,9 +144,7 @@ class Follower:
         return self._position
 
     def close(self) -> None:
-        if self._copy is not None:
-            self._copy.close()
-            self._copy = None
+        self._close_copy()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -163,7 +163,7 @@ def restore(
     if configured is None and is_folder(store):
         return _restore_many(restore_many.of_folder(store, target), wish, config, as_json)
     if follow:
-        if everything or dry_run or txid is not None or kind == "litestream" or configured is not None:
+        if dry_run or txid is not None or kind == "litestream" or configured is not None:
             raise UsageError(
                 "--follow keeps one copy of a replica at a URL up to date; leave out what does not fit to that"
             )

@@ -19,6 +19,7 @@ import pytest
 from ledger_support import wait_for
 from restore_support import ReplicaBuilder, SourceDatabase
 
+from replicator import failpoints
 from replicator.errors import DatabaseBusy, RestoreError, SegmentDamaged, StoreUnavailable, TargetExists, UsageError
 from replicator.follow import Followed, Follower, follow
 from replicator.layout import SegmentRef
@@ -306,15 +307,7 @@ def test_a_store_that_is_away_is_said_once_and_tried_again(tmp_path: Path, caplo
     assert [record.message for record in caplog.records] == ["the store is away", "following goes on"]
 
 
-POINTS = (
-    "before-followed-restore",
-    "after-followed-restore",
-    "before-followed-frames",
-    "before-followed-commit",
-    "before-followed-index",
-    "after-followed-index",
-    "after-followed-index:3",
-)
+POINTS = (*failpoints.FOLLOW_NAMES, "after-followed-index:3")
 
 
 @pytest.mark.slow
