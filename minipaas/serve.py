@@ -43,7 +43,7 @@ from minipaas.uploads import Uploads
 from minipaas.web import create_app, pages
 from minipaas.web.door import listening
 from minipaas.web.sessions import Sessions
-from replicator import ReplicatorError
+from replicator import ReplicatorError, heard
 
 DURABLE = "everything that was committed is durable"
 
@@ -215,15 +215,14 @@ class Server:
 def serve(settings: Settings, wiring: Wiring, on_ready: Callable[[Server], None], say: Callable[[str], None]) -> None:
     """Run until SIGTERM or SIGINT. Raises FleetHeld when another node has taken the fleet over meanwhile."""
     server = Server(settings, wiring)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: server.ended.set())
-    server.start()
-    try:
-        on_ready(server)
-        server.ended.wait()
-    finally:
-        for sentence in server.stop():
-            say(sentence)
+    with heard((signal.SIGTERM, signal.SIGINT), lambda number: server.ended.set()):
+        server.start()
+        try:
+            on_ready(server)
+            server.ended.wait()
+        finally:
+            for sentence in server.stop():
+                say(sentence)
     if server.lost:
         raise FleetHeld(server.lost)
 

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from replicator.service import NotDurable as NotDurable
     from replicator.service import Replicator as Replicator
     from replicator.service import default_state as default_state
+    from replicator.signals import heard as heard
     from replicator.store import ObjectInfo as ObjectInfo
     from replicator.store import ObjectStore as ObjectStore
     from replicator.store import open_store as open_store
@@ -108,6 +109,7 @@ _HOMES = {
     "restore_plan": "RestoreOptions RestorePlan",
     "restored": "mark_restored",
     "service": "NotDurable Replicator default_state",
+    "signals": "heard",
     "store": "ObjectInfo ObjectStore open_store",
     "store.measure": "Meter",
     "store.seal": "sealed",

@@ -14,12 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from replicator import control, systemd
@@ -35,6 +34,7 @@ from replicator.restore_plan import RestoreOptions
 from replicator.restored import mark_restored
 from replicator.roster import Roster
 from replicator.service import Replicator, default_state
+from replicator.signals import heard
 from replicator.store import ObjectStore
 from replicator.store.seal import bare
 from replicator.values import Position, format_time, printable
@@ -139,17 +139,10 @@ class _Signals:
         self._on_hangup = on_hangup
         self._told = False
 
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def handled(self) -> AbstractContextManager[None]:
+        return heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._on_signal)
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP and self._on_hangup is not None:
             self._on_hangup()
             return
